@@ -1,0 +1,7 @@
+"""Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
+
+from optax_unitscale.observe import gradient_norms
+from optax_unitscale.transform import unit_scale
+
+__all__ = ["gradient_norms", "unit_scale"]
+__version__ = "0.1.0.dev0"
