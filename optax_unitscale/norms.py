@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
@@ -17,7 +18,7 @@ __all__ = ["ScaledNorm", "divide", "group_norms"]
 class ScaledNorm(NamedTuple):
     """A group's norm as `value / factor`, so that a norm beyond the dtype's range is still held.
 
-    `factor` is 1 unless the squares of the group overflow. Both have the shape of the kept axes.
+    `factor` is 1 unless the norm's square is huge. Both have the shape of the kept axes.
     """
 
     value: jax.Array
@@ -25,24 +26,25 @@ class ScaledNorm(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """The powers of two with which a sum that left the safe range is taken again.
+    """The safe range of a sum, and the powers of two at which one outside it is taken again.
 
     Below `tiny` per element, squares that were flushed to zero can matter at the dtype's precision:
-    `tiny` is smallest normal / epsilon. `up` lifts the squares of everything that small into
-    the range, `down` brings the squares of everything finite into it, and `factor` does so for the
-    norm itself.
+    `tiny` is smallest normal / epsilon. Above `huge`, the reciprocal of the sum, by which XLA may
+    multiply instead of dividing, is near to being flushed. `up` lifts the squares of all that is
+    so small into the range; `down` brings those of all that is finite into it.
     """
 
     tiny: float
+    huge: float
     up: float
     down: float
-    factor: float
 
 
 _RANGES = {
-    jnp.dtype(jnp.float32): _Range(2.0**-102, 2.0**80, 2.0**-100, 2.0**-40),
-    jnp.dtype(jnp.float64): _Range(2.0**-969, 2.0**600, 2.0**-600, 2.0**-40),
+    np.dtype(np.float32): _Range(2.0**-102, 2.0**120, 2.0**80, 2.0**-100),
+    np.dtype(np.float64): _Range(2.0**-969, 2.0**1016, 2.0**600, 2.0**-600),
 }
+_HUGE_FACTOR = 2.0**-40
 
 
 def group_norms(
@@ -72,18 +74,15 @@ def group_norms(
         (leaves,), (slopes,) = primals, tangents
         norms = values(leaves)
         return norms, [
-            ScaledNorm(_slope(norm, group, n, leaves, slopes), jnp.zeros_like(n.factor))
-            for group, n in zip(groups, norms, strict=True)
+            ScaledNorm(_slope(norm, group, by, leaves, slopes), jnp.zeros_like(by.factor))
+            for group, by in zip(groups, norms, strict=True)
         ]
 
     return values(leaves)
 
 
 def divide(x: jax.Array, by: ScaledNorm, axes: tuple[int, ...]) -> jax.Array:
-    """x / norm for one leaf, in the norm's dtype and rounded once to the leaf's; 0 where it is 0.
-
-    A true division: the reciprocal of a norm above 2**126 would be flushed to zero.
-    """
+    """One leaf over its norm, in the norm's dtype, rounded once to the leaf's; 0 where it is 0."""
     usable = by.value != 0
     value = jnp.expand_dims(jnp.where(usable, by.value, 1), axes)
     factor = jnp.expand_dims(jnp.where(usable, by.factor, 0), axes)
@@ -94,61 +93,89 @@ def divide(x: jax.Array, by: ScaledNorm, axes: tuple[int, ...]) -> jax.Array:
 def _safe_norms(
     norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
 ) -> list[ScaledNorm]:
-    sums = [_total(norm, group, leaves) for group in groups]
-    if norm == "linf":
-        return [ScaledNorm(total, jnp.ones_like(total)) for total in sums]
-    ranges = [_RANGES[total.dtype] for total in sums]
-    # A sum of absolute values cannot underflow.
-    floors = [
-        0.0 if norm == "l1" else _count(group, leaves) * r.tiny
-        for group, r in zip(groups, ranges, strict=True)
+    partials = [
+        [_partial(norm, leaves[m.index], m.axes, _accumulator(group, leaves)) for m in group.members]
+        for group in groups
     ]
-    small = [total < floor for total, floor in zip(sums, floors, strict=True)]
-    # Not `total > maximum`: NaN belongs here too.
-    large = [~(total <= jnp.finfo(total.dtype).max) for total in sums]
-    scales = [
-        jnp.where(s, r.up, jnp.where(g, r.down, 1)).astype(total.dtype)
-        for s, g, r, total in zip(small, large, ranges, sums, strict=True)
-    ]
+    sums = [_combine(norm, g, p) for g, p in zip(groups, partials, strict=True)]
+    counts = [_count(group, leaves) for group in groups]
+    scales = [_scale(norm, total, n) for total, n in zip(sums, counts, strict=True)]
 
-    def again(leaves, scales, sums):
-        del sums
-        return [_total(norm, g, leaves, s) for g, s in zip(groups, scales, strict=True)]
-
-    def keep(leaves, scales, sums):
-        del leaves, scales
+    def keep(leaves, partials, sums, scales):
+        del leaves, partials, scales
         return sums
 
-    # One check for all groups, and scalars as its only result: no temporary the size of a leaf.
-    unsafe = jnp.stack([jnp.any(s | g) for s, g in zip(small, large, strict=True)])
-    totals = lax.cond(jnp.any(unsafe), again, keep, list(leaves), scales, sums)
+    def again(leaves, partials, sums, scales):
+        redone = [
+            _combine(norm, group, _rescale(norm, group, leaves, old, scale))
+            for group, old, scale in zip(groups, partials, scales, strict=True)
+        ]
+        return [
+            jnp.where(scale == 1, total, new)
+            for total, new, scale in zip(sums, redone, scales, strict=True)
+        ]
+
+    # One check for all groups, and only norms as its result: no temporary the size of a leaf.
+    unsafe = jnp.stack([jnp.any(scale != 1) for scale in scales])
+    sums = lax.cond(jnp.any(unsafe), again, keep, list(leaves), partials, sums, scales)
     norms = []
-    for group, total, s, g, r in zip(groups, totals, small, large, ranges, strict=True):
-        value = _finish(norm, total, _count(group, leaves))
-        restore = jnp.where(s, 1 / r.up, jnp.where(g, r.factor / r.down, 1)).astype(value.dtype)
-        factor = jnp.where(g, r.factor, 1).astype(value.dtype)
-        norms.append(ScaledNorm(value * restore, factor))
+    for total, count, scale in zip(sums, counts, scales, strict=True):
+        factor = jnp.where(scale < 1, _HUGE_FACTOR, 1).astype(scale.dtype)
+        norms.append(ScaledNorm(_finish(norm, total, count) * (factor / scale), factor))
     return norms
 
 
-def _total(
-    norm: str, group: Group, leaves: Sequence[jax.Array], scale: jax.Array | None = None
+def _partial(
+    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | None = None
 ) -> jax.Array:
-    """Sum of squares or of absolute values, or the maximum, of a group at a scale."""
-    dtype = _accumulator(group, leaves)
-    partials = []
-    for member in group.members:
-        parts = _parts(leaves[member.index], dtype)
-        if scale is not None:
-            parts = [part * jnp.expand_dims(scale, member.axes) for part in parts]
-        if norm in ("l2", "rms"):
-            sizes = sum((part * part for part in parts[1:]), parts[0] * parts[0])
-        else:
-            sizes = jnp.abs(lax.complex(*parts) if len(parts) == 2 else parts[0])
-        reduce = jnp.max if norm == "linf" else jnp.sum
-        partial = reduce(sizes, axis=member.axes)
-        partials.append((partial, mesh.axes_of(partial, member.mesh_axes)))
-    return mesh.reduce_over(partials, "max" if norm == "linf" else "sum")
+    """One leaf's sum of squares or of absolute values, or its maximum, after times `scale`."""
+    parts = _parts(x, dtype)
+    if scale is not None:
+        parts = [part * jnp.expand_dims(scale, axes) for part in parts]
+    if norm in ("l2", "rms"):
+        return jnp.sum(sum((part * part for part in parts[1:]), parts[0] * parts[0]), axis=axes)
+    sizes = jnp.abs(lax.complex(*parts) if len(parts) == 2 else parts[0])
+    return jnp.max(sizes, axis=axes) if norm == "linf" else jnp.sum(sizes, axis=axes)
+
+
+def _rescale(
+    norm: str,
+    group: Group,
+    leaves: Sequence[jax.Array],
+    partials: Sequence[jax.Array],
+    scale: jax.Array,
+) -> list[jax.Array]:
+    """The partial results of a group's leaves, taken again and brought to the group's scale.
+
+    Each leaf is read at a scale of its own, for leaves of one shape that shared a scale would also
+    share its broadcast: a temporary of their size.
+    """
+    redone = []
+    for member, partial in zip(group.members, partials, strict=True):
+        x = leaves[member.index]
+        own = _scale(norm, partial, math.prod(x.shape[axis] for axis in member.axes))
+        to_group = scale / own
+        new = _partial(norm, x, member.axes, partial.dtype, own) * to_group
+        redone.append(new * to_group if norm in ("l2", "rms") else new)
+    return redone
+
+
+def _combine(norm: str, group: Group, partials: Sequence[jax.Array]) -> jax.Array:
+    axes = [
+        mesh.axes_of(partial, member.mesh_axes)
+        for member, partial in zip(group.members, partials, strict=True)
+    ]
+    pairs = list(zip(partials, axes, strict=True))
+    return mesh.reduce_over(pairs, "max" if norm == "linf" else "sum")
+
+
+def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
+    """The power of two at which to take `total` again, 1 where it is good as it is."""
+    safe = _RANGES[total.dtype]
+    # Only squares underflow. NaN is not below the floor and goes the way of what is too large.
+    floor = count * safe.tiny if norm in ("l2", "rms") else 0.0
+    scale = jnp.where(total < floor, safe.up, jnp.where(total <= safe.huge, 1, safe.down))
+    return scale.astype(total.dtype)
 
 
 def _finish(norm: str, total: jax.Array, count: int) -> jax.Array:
@@ -166,48 +193,49 @@ def _slope(
     leaves: Sequence[jax.Array],
     slopes: Sequence[jax.Array],
 ) -> jax.Array:
-    """The derivative of `by.value` along `slopes`: the sum over the group of dual * slope."""
+    """The derivative of `by.value` along `slopes`: the group's sum of dual * slope."""
     dtype = by.value.dtype
     partials, ties = [], []
     for member in group.members:
         x = leaves[member.index]
+        x = x.astype(jnp.promote_types(x.dtype, dtype))
         if norm in ("l2", "rms"):
-            dual = _parts(divide(x.astype(jnp.promote_types(x.dtype, dtype)), by, member.axes), dtype)
+            dual = _parts(divide(x, by, member.axes), dtype)
         else:
-            sizes = jnp.abs(x)
             dual = _parts(jnp.sign(x), dtype)
-            if norm == "linf":
-                largest = jnp.expand_dims(by.value, member.axes).astype(sizes.dtype)
-                hit = ((sizes == largest) & (largest > 0)).astype(dtype)
-                dual = [part * hit for part in dual]
-                count = jnp.sum(hit, axis=member.axes)
-                ties.append((count, mesh.axes_of(count, member.mesh_axes)))
-        products = [d * s for d, s in zip(dual, _parts(slopes[member.index], dtype), strict=True)]
+        if norm == "linf":
+            largest = jnp.expand_dims(by.value / by.factor, member.axes)
+            hit = (jnp.abs(x) == largest).astype(dtype)
+            dual = [part * hit for part in dual]
+            count = jnp.sum(hit, axis=member.axes)
+            ties.append((count, mesh.axes_of(count, member.mesh_axes)))
+        along = _parts(slopes[member.index], dtype)
+        products = [d * s for d, s in zip(dual, along, strict=True)]
         partial = jnp.sum(sum(products[1:], products[0]), axis=member.axes)
         partials.append((partial, mesh.axes_of(partial, member.mesh_axes)))
     slope = mesh.reduce_over(partials, "sum") * by.factor
     if norm == "rms":
         return slope / _count(group, leaves)
     if norm == "linf":
-        return slope / jnp.maximum(mesh.reduce_over(ties, "sum"), 1)
+        return slope / mesh.reduce_over(ties, "sum")
     return slope
 
 
-def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> jnp.dtype:
-    dtypes = (jnp.finfo(leaves[member.index].dtype).dtype for member in group.members)
-    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
+def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
+    dtypes = {jnp.finfo(leaves[member.index].dtype).dtype for member in group.members}
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def _parts(x: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+def _parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     return [part.astype(dtype) for part in parts]
 
 
 def _count(group: Group, leaves: Sequence[jax.Array]) -> int:
     """The number of elements that share each norm of the group, on all devices."""
-    return sum(_members(leaves[member.index], member) for member in group.members)
+    return sum(_elements(leaves[member.index], member) for member in group.members)
 
 
-def _members(x: jax.Array, member: Member) -> int:
+def _elements(x: jax.Array, member: Member) -> int:
     here = math.prod(x.shape[axis] for axis in member.axes)
     return here * mesh.total_size(mesh.axes_of(x, member.mesh_axes))
