@@ -1,0 +1,52 @@
+"""Records the same 200 steps in TensorFlow: `python tests/source/record_tensorflow.py`."""
+
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+from problem import LEARNING_RATES, STEPS, initial, save
+
+
+def train(scope: str, dtype: tf.DType) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Gradient tape, divide by the norm, step."""
+    arrays = initial()
+    inputs = tf.constant(arrays["inputs"], dtype)
+    labels = tf.constant(arrays["labels"])
+    names = [f"{kind}{i}" for i in range(3) for kind in ("kernel", "bias")]
+    variables = [tf.Variable(tf.constant(arrays[n], dtype)) for n in names]
+    learning_rate = tf.constant(LEARNING_RATES[scope], dtype)
+    losses = []
+    for step in range(STEPS):
+        with tf.GradientTape() as tape:
+            x = inputs[step]
+            for i in range(3):
+                x = x @ variables[2 * i] + variables[2 * i + 1]
+                x = tf.tanh(x) if i < 2 else x
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels[step], x)
+            )
+        gradients = tape.gradient(loss, variables)
+        if scope == "leaf":
+            gradients = [g / tf.norm(g) for g in gradients]
+        else:
+            whole = tf.linalg.global_norm(gradients)
+            gradients = [g / whole for g in gradients]
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.assign_sub(learning_rate * gradient)
+        losses.append(float(loss))
+    return np.array(losses), [v.numpy() for v in variables]
+
+
+def main() -> None:
+    """Records both scopes in both precisions."""
+    records = {}
+    for scope in LEARNING_RATES:
+        for dtype in (tf.float64, tf.float32):
+            key = f"{scope}_{dtype.name}"
+            records[f"{key}_losses"], final = train(scope, dtype)
+            records |= {f"{key}_final{i}": array for i, array in enumerate(final)}
+    save(str(pathlib.Path(__file__).with_name("tensorflow.npz")), tf.__version__, records)
+
+
+if __name__ == "__main__":
+    main()
