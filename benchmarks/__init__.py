@@ -1,0 +1,1 @@
+"""Experiments with `unit_scale`: `python -m benchmarks --help`."""

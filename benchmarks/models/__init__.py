@@ -1,0 +1,1 @@
+"""The Flax NNX models that the tasks share."""

@@ -1,0 +1,35 @@
+"""The contenders: each an Optax transformation made from a learning-rate schedule."""
+
+import optax
+
+from optax_unitscale import unit_scale
+
+__all__ = ["OPTIMIZERS", "default_learning_rate", "make"]
+
+MOMENTUM = 0.9
+
+OPTIMIZERS = {
+    "sgd": lambda rate: optax.sgd(rate, momentum=MOMENTUM),
+    "clip": lambda rate: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.sgd(rate, momentum=MOMENTUM)
+    ),
+    "adamw": lambda rate: optax.adamw(rate),
+    "unit_scale": lambda rate: optax.chain(unit_scale(), optax.sgd(rate, momentum=MOMENTUM)),
+}
+
+# The best of nine half-decades each; every loss is in
+# results/cpu-2-cores/language_modelling_learning_rates.json.
+_LEARNING_RATES = {"sgd": 1.0, "clip": 1.0, "adamw": 0.003, "unit_scale": 0.03}
+
+
+def default_learning_rate(name: str) -> float:
+    """The peak learning rate that served a contender best on language modelling."""
+    return _LEARNING_RATES[name]
+
+
+def make(name: str, learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """A contender under the schedule that all share: linear warm-up, then cosine to zero."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps=max(1, steps // 20), decay_steps=max(2, steps)
+    )
+    return OPTIMIZERS[name](schedule)

@@ -1,0 +1,49 @@
+"""What a task provides, and the tasks by name. A new task is one new file and one line here."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+__all__ = ["TASKS", "Task", "load"]
+
+Batch = Any
+
+TASKS = ("language_modelling",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Data, model, loss and metric of one application.
+
+    Attributes:
+      metric: the name of what `evaluate` returns, with its unit; lower is better.
+      target: the value of the metric that counts as reached, fixed before any run.
+      fingerprint: the SHA-256 of the data, hexadecimal.
+      batch_size: examples in a batch unless the user says otherwise.
+      tokens: how many tokens one example holds, for the throughput.
+      model: makes the model from a seed.
+      batch: the training batch of `(seed, step, batch_size)`, a pure function.
+      loss: the scalar training loss of a model on a batch.
+      evaluate: the metric of a model on the validation split.
+      sample: what the model makes of an unseen input, as text, from a seed.
+    """
+
+    metric: str
+    target: float
+    fingerprint: str
+    batch_size: int
+    tokens: int
+    model: Callable[[int], nnx.Module]
+    batch: Callable[[int, int, int], Batch]
+    loss: Callable[[Any, Batch], jax.Array]
+    evaluate: Callable[[Any], float]
+    sample: Callable[[Any, int], str]
+
+
+def load(name: str) -> Task:
+    """Reads a task's data and returns it ready to train."""
+    return importlib.import_module(f"benchmarks.tasks.{name}").load()

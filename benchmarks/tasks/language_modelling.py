@@ -1,0 +1,95 @@
+"""Byte-level language modelling on the reference manual that ships inside CPython."""
+
+import functools
+import hashlib
+import math
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import Task
+
+__all__ = ["load", "splits"]
+
+CONFIG = GPTConfig(vocabulary=256, context=64, depth=2, heads=4, width=128)
+VALIDATION_EXAMPLES = 128
+SAMPLE_LENGTH = 240
+
+
+@functools.cache
+def splits() -> dict[str, np.ndarray]:
+    """The text's bytes: the first nine tenths to train, the rest to validate and to test."""
+    text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    data = np.frombuffer(text.encode(), np.uint8)
+    train, validation, test = np.split(data, [len(data) * 18 // 20, len(data) * 19 // 20])
+    return {"train": train, "validation": validation, "test": test}
+
+
+def load() -> Task:
+    """Reads the text."""
+    text = splits()
+    return Task(
+        metric="bits per character",
+        target=3.0,
+        fingerprint=hashlib.sha256(b"".join(part.tobytes() for part in text.values())).hexdigest(),
+        batch_size=8,
+        tokens=CONFIG.context,
+        model=lambda seed: GPT(CONFIG, nnx.Rngs(seed)),
+        batch=_batch,
+        loss=_loss,
+        evaluate=_evaluate,
+        sample=_sample,
+    )
+
+
+def _batch(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Random windows of the training text, one token longer than the context."""
+    text = splits()["train"]
+    rng = np.random.default_rng((seed, step))
+    starts = rng.integers(len(text) - CONFIG.context, size=batch_size)
+    return text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
+
+
+def _loss(model: GPT, batch: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the next byte, in nats."""
+    logits = model(batch[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+_validation_loss = nnx.jit(_loss)
+
+
+def _evaluate(model: GPT) -> float:
+    """Bits per character over evenly spread windows of the validation text."""
+    text = splits()["validation"]
+    starts = np.linspace(0, len(text) - CONFIG.context - 1, VALIDATION_EXAMPLES).astype(int)
+    windows = text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
+    return float(_validation_loss(model, jnp.asarray(windows))) / math.log(2)
+
+
+@functools.partial(nnx.jit, static_argnames="length")
+def _generate(model: GPT, prompt: jax.Array, key: jax.Array, length: int) -> jax.Array:
+    """Continues `prompt`, which fills the context, by `length` tokens at temperature 0.7."""
+
+    def step(window, key):
+        token = jax.random.categorical(key, model(window[None])[0, -1] / 0.7)
+        return jnp.append(window[1:], token.astype(window.dtype)), token
+
+    return jax.lax.scan(step, prompt, jax.random.split(key, length))[1]
+
+
+def _sample(model: GPT, seed: int) -> str:
+    """A continuation of the first paragraph of the test text that is prose."""
+    text = splits()["test"]
+    start = text.tobytes().index(b"\n\nThe ") + 2
+    prompt = text[start : start + CONFIG.context].astype(np.int32)
+    tokens = _generate(model, jnp.asarray(prompt), jax.random.key(seed), SAMPLE_LENGTH)
+    prompt_text, continuation = (
+        bytes(np.asarray(part, np.uint8)).decode(errors="replace") for part in (prompt, tokens)
+    )
+    return f"{prompt_text}▸{continuation}"

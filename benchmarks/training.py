@@ -1,0 +1,143 @@
+"""The training loop: a donated jitted step, checkpoints, and a log that survives a crash."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from benchmarks import optimizers
+from benchmarks.tasks import Task
+from optax_unitscale import gradient_norms
+
+__all__ = ["Config", "Log", "describe", "train"]
+
+Entry = dict[str, Any]
+EVALUATIONS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the outcome of one run."""
+
+    task: str
+    optimizer: str
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int
+
+
+class Log:
+    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.entries: list[Entry] = []
+        if path.exists():
+            # A process that was killed may have left half a line behind, always the last.
+            lines = path.read_text().split("\n")[:-1]
+            self.entries = [json.loads(line) for line in lines]
+
+    def append(self, **entry: Any) -> None:
+        """Adds an entry and hands it to the operating system."""
+        self.entries.append(entry)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def keep(self, wanted: Callable[[Entry], bool]) -> None:
+        """Drops the entries that are not wanted, and replaces the file in one move."""
+        self.entries = [entry for entry in self.entries if wanted(entry)]
+        whole = self.path.with_suffix(".new")
+        whole.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        whole.replace(self.path)
+
+    def of(self, kind: str, optimizer: str) -> list[Entry]:
+        """The entries of one kind and optimizer; kinds are run, step, evaluation and sample."""
+        return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
+
+
+def describe(config: Config, task: Task) -> Entry:
+    """The entry that opens a run: its configuration, its data, and what computed it."""
+    packages = ("jax", "jaxlib", "optax", "flax")
+    return {
+        "kind": "run",
+        **dataclasses.asdict(config),
+        "data_sha256": task.fingerprint,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def train(
+    config: Config, task: Task, log: Log, checkpoints: pathlib.Path, every: int
+) -> Iterator[tuple[int, float]]:
+    """Trains from the last checkpoint, or from the start, and yields `(step, loss)` after each.
+
+    Every step is a function of the state and of `(seed, step)` alone, so a run that was killed and
+    goes on from a checkpoint ends in the same bits as one that never stopped.
+
+    Args:
+      config: the run.
+      task: its task.
+      log: receives the run, every step, and twenty evaluations.
+      checkpoints: the folder of this run's checkpoints, made where missing.
+      every: steps between checkpoints; the last step is always kept.
+
+    Returns:
+      An iterator that trains as it is advanced; closing it early is safe.
+    """
+    model = task.model(config.seed)
+    transformation = optimizers.make(config.optimizer, config.learning_rate, config.steps)
+    graph, state = nnx.split((model, nnx.Optimizer(model, transformation, wrt=nnx.Param)))
+    step_function = _compile(graph, task)
+    evaluate_at = {max(1, config.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            target = ocp.args.StandardRestore(nnx.to_pure_dict(state))
+            nnx.replace_by_pure_dict(state, manager.restore(done, args=target))
+        log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
+        if not log.of("run", config.optimizer):
+            log.append(**describe(config, task))
+        for step in range(done + 1, config.steps + 1):
+            start = time.perf_counter()
+            state, loss, norms = step_function(
+                state, task.batch(config.seed, step, config.batch_size)
+            )
+            loss, norms = jax.device_get((loss, norms))
+            seconds = time.perf_counter() - start
+            entry: Entry = {"optimizer": config.optimizer, "step": step}
+            norms = {name: float(norm) for name, norm in norms.items()}
+            log.append(kind="step", **entry, loss=float(loss), seconds=seconds, norms=norms)
+            if step in evaluate_at:
+                value = task.evaluate(nnx.merge(graph, state)[0])
+                log.append(kind="evaluation", **entry, value=value)
+            # After the log, so that a checkpoint is never ahead of it.
+            if step % every == 0 or step == config.steps:
+                manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+            yield step, float(loss)
+        if not log.of("sample", config.optimizer):
+            text = task.sample(nnx.merge(graph, state)[0], config.seed)
+            log.append(kind="sample", optimizer=config.optimizer, text=text)
+
+
+def _compile(graph: Any, task: Task) -> Callable[..., Any]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, batch):
+        model, optimizer = nnx.merge(graph, state)
+        loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
+        optimizer.update(model, gradients)
+        return nnx.state((model, optimizer)), loss, gradient_norms(gradients)
+
+    return step
