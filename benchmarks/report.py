@@ -1,6 +1,5 @@
 """What people see of a training run: progress, a table, samples, and two figures."""
 
-import itertools
 import pathlib
 
 import matplotlib.pyplot as plt
@@ -116,10 +115,9 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
     low, high = np.quantile(seen, [0.005, 0.995]) if seen.size else (0.1, 1.0)
     scale = LogNorm(low, max(high, 1.01 * low))
     image = None
-    for panel, (name, values) in itertools.zip_longest(axes.flat, maps.items(), fillvalue=("", None)):
-        if values is None:
-            panel.set_axis_off()
-            continue
+    for panel in axes.flat[len(maps) :]:
+        panel.set_axis_off()
+    for panel, (name, values) in zip(axes.flat, maps.items(), strict=False):
         shown = np.ma.masked_where(~np.isfinite(values) | (values <= 0), values)
         panel.set_facecolor("black")
         extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)

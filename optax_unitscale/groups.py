@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_flatten_with_path
 
 __all__ = ["Group", "Member", "Plan", "assign", "make_plan"]
@@ -18,13 +17,13 @@ SCOPES = ("leaf", "global")
 
 
 class Member(NamedTuple):
-    """One leaf's part in a group: its place among the leaves, and what its norm runs over.
+    """One leaf's part in a group: which leaf it is, and what its norm runs over.
 
-    `axes` are the reduced axes of the leaf; `mesh_axes` the mesh axes it is split over, None where
+    `leaf` counts through the flattened updates; `axes` are the reduced axes of the leaf; `mesh_axes` the mesh axes it is split over, None where
     JAX is to be asked.
     """
 
-    index: int
+    leaf: int
     axes: tuple[int, ...]
     mesh_axes: tuple[Hashable, ...] | None
 
@@ -52,7 +51,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static half of a transformation's arguments, checked and hashable: a key for `jax.jit`."""
+    """A transformation's static arguments, checked and hashable: a key for `jax.jit`."""
 
     caller: str
     norm: str
@@ -137,10 +136,8 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
 
 
 def _labels(plan: Plan, updates: Any, paths: list[KeyPath]) -> list[Any]:
-    if plan.scope == "leaf":
-        return list(range(len(paths)))
-    if plan.scope == "global":
-        return ["global"] * len(paths)
+    if isinstance(plan.scope, str):
+        return ["global"] * len(paths) if plan.scope == "global" else list(range(len(paths)))
     labels = plan.scope if isinstance(plan.scope, Prefix) else _prefix(plan.scope(updates))
     found = [labels.find(_names(path)) for path in paths]
     for path, (is_found, label) in zip(paths, found, strict=True):

@@ -93,10 +93,7 @@ def divide(x: jax.Array, by: ScaledNorm, axes: tuple[int, ...]) -> jax.Array:
 def _safe_norms(
     norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
 ) -> list[ScaledNorm]:
-    partials = [
-        [_partial(norm, leaves[m.index], m.axes, _accumulator(group, leaves)) for m in group.members]
-        for group in groups
-    ]
+    partials = [_partials(norm, group, leaves) for group in groups]
     sums = [_combine(norm, g, p) for g, p in zip(groups, partials, strict=True)]
     counts = [_count(group, leaves) for group in groups]
     scales = [_scale(norm, total, n) for total, n in zip(sums, counts, strict=True)]
@@ -123,6 +120,11 @@ def _safe_norms(
         factor = jnp.where(scale < 1, _HUGE_FACTOR, 1).astype(scale.dtype)
         norms.append(ScaledNorm(_finish(norm, total, count) * (factor / scale), factor))
     return norms
+
+
+def _partials(norm: str, group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    dtype = _accumulator(group, leaves)
+    return [_partial(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
 
 
 def _partial(
@@ -152,7 +154,7 @@ def _rescale(
     """
     redone = []
     for member, partial in zip(group.members, partials, strict=True):
-        x = leaves[member.index]
+        x = leaves[member.leaf]
         own = _scale(norm, partial, math.prod(x.shape[axis] for axis in member.axes))
         to_group = scale / own
         new = _partial(norm, x, member.axes, partial.dtype, own) * to_group
@@ -197,7 +199,7 @@ def _slope(
     dtype = by.value.dtype
     partials, ties = [], []
     for member in group.members:
-        x = leaves[member.index]
+        x = leaves[member.leaf]
         x = x.astype(jnp.promote_types(x.dtype, dtype))
         if norm in ("l2", "rms"):
             dual = _parts(divide(x, by, member.axes), dtype)
@@ -209,7 +211,7 @@ def _slope(
             dual = [part * hit for part in dual]
             count = jnp.sum(hit, axis=member.axes)
             ties.append((count, mesh.axes_of(count, member.mesh_axes)))
-        along = _parts(slopes[member.index], dtype)
+        along = _parts(slopes[member.leaf], dtype)
         products = [d * s for d, s in zip(dual, along, strict=True)]
         partial = jnp.sum(sum(products[1:], products[0]), axis=member.axes)
         partials.append((partial, mesh.axes_of(partial, member.mesh_axes)))
@@ -222,7 +224,7 @@ def _slope(
 
 
 def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
-    dtypes = {jnp.finfo(leaves[member.index].dtype).dtype for member in group.members}
+    dtypes = {jnp.finfo(leaves[member.leaf].dtype).dtype for member in group.members}
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
@@ -233,7 +235,7 @@ def _parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
 
 def _count(group: Group, leaves: Sequence[jax.Array]) -> int:
     """The number of elements that share each norm of the group, on all devices."""
-    return sum(_elements(leaves[member.index], member) for member in group.members)
+    return sum(_elements(leaves[member.leaf], member) for member in group.members)
 
 
 def _elements(x: jax.Array, member: Member) -> int:

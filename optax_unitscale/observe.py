@@ -20,7 +20,45 @@ def gradient_norms(
     axis: Any = None,
     axis_name: Any = None,
 ) -> dict[str, jax.Array]:
-    """TODO docstring."""
+    """The norms that `unit_scale` with the same arguments divides by, by name.
+
+    Args:
+      updates: the gradient pytree.
+      norm: "l2", "rms", "l1" or "linf", as in `unit_scale`.
+      scope: "leaf", "global" or labels, as in `unit_scale`.
+      axis: the axes that the norm runs over, as in `unit_scale`.
+      axis_name: mesh axes inside `jax.shard_map` or `jax.pmap`, as in `unit_scale`.
+
+    Returns:
+      A dict of float32 arrays. Its keys are the leaves' paths ("blocks/0/attn/kernel"; "updates"
+      where the tree is one array), "global", or the labels. An array has the shape of the kept
+      axes: () unless `axis` is given. Leaves without elements have no entry.
+
+    Raises:
+      TypeError: as `unit_scale`.
+      ValueError: as `unit_scale`, or two groups have the same name.
+
+    Numerics:
+      Exact as in `unit_scale`, then rounded to float32: a norm beyond 3.4e38 is inf. A group
+      with an infinity has norm inf, one with NaN has NaN. Under `jax.jit` beside `unit_scale`, XLA
+      merges the reductions of the two.
+
+    Examples:
+      Record the norms of each step in the optimizer's state.
+
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_unitscale import gradient_norms, unit_scale
+      >>> optimizer = optax.chain(
+      ...     optax.snapshot("grad_norms", gradient_norms), unit_scale(), optax.sgd(0.1))
+      >>> gradients = {"dense": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.zeros(2)}}
+      >>> _, state = optimizer.update(gradients, optimizer.init(gradients))
+      >>> {name: float(norm) for name, norm in optax.tree.get(state, "grad_norms").items()}
+      {'dense/bias': 0.0, 'dense/kernel': 6.0}
+
+    Source:
+      The request to see gradient norms before they are clipped,
+      https://github.com/google-deepmind/optax/issues/326.
+    """
     return _norms(updates, plan=make_plan("gradient_norms", norm, scope, axis, axis_name))
 
 

@@ -1,13 +1,13 @@
 """`unit_scale`: the Optax transformation that gives every group of gradients unit norm."""
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_unitscale.groups import Plan, assign, make_plan
 from optax_unitscale.norms import ScaledNorm, divide, group_norms
@@ -23,7 +23,74 @@ def unit_scale(
     min_norm: jax.typing.ArrayLike = 0.0,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TODO docstring."""
+    r"""Divides each group of gradient elements by its norm.
+
+    For every group :math:`x` (a tensor, a slice of it, a layer, or the whole tree)
+
+    .. math:: u = x / \max(\|x\|, m), \qquad 0 \mapsto 0
+
+    with :math:`m` = `min_norm`. Put it first in an `optax.chain`; the learning rate is then the
+    length of a step. Compiled: an eager call is one jitted computation, shared by all
+    transformations made with equal arguments, and a new `min_norm` compiles nothing.
+
+    Args:
+      norm: what is 1 afterwards, over the n elements of a group: "l2", the Euclidean norm; "rms",
+        the root mean square, l2/√n; "l1", the sum of absolute values; "linf", the largest.
+      scope: which leaves share a norm. "leaf": none, each has its own. "global": all. Or labels as
+        in `optax.partition`: a pytree prefix of the updates with a hashable label at each leaf, or
+        a callable from the updates to one; leaves of equal label share a norm.
+      axis: which axes of a leaf the norm runs over; every index of the others is a group of its
+        own. None (all axes), an int, a tuple of ints, a pytree prefix of these, or a callable
+        `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For layers stacked along
+        axis 0 by a scan, `lambda path, x: tuple(range(1, x.ndim))`. Leaves that share a norm must
+        keep equal axes.
+      min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
+        has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
+        constant learning rate can converge.
+      axis_name: mesh axes over which the leaves are split inside `jax.shard_map` or `jax.pmap`: a
+        name, a tuple of names, or a callable `(path, leaf) -> names`. None asks JAX, which knows
+        in `jax.shard_map` with `check_vma=True` and never in `jax.pmap` or with `check_vma=False`:
+        there, without `axis_name`, every device silently divides by the norm of its own part.
+        Not needed under `jax.jit`.
+
+    Returns:
+      A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
+      sharding of every leaf; None, `optax.MaskedNode`, `float0` and empty leaves pass through.
+
+    Raises:
+      TypeError: a leaf is neither floating nor complex; `axis` is traced or not integers; an
+        argument cannot be hashed.
+      ValueError: `norm`, `scope` or `min_norm` is unknown or out of range, or labels or axes do not
+        fit the updates.
+
+    Numerics:
+      Sums are accumulated in float32, or float64 for float64 and complex128, and taken again at a
+      power-of-two scale where squares would overflow or be lost; there is no epsilon. The norm of
+      the result is 1 within a few units of the leaf's precision for every element in the dtype's
+      normal range. Subnormal elements are zero where the platform flushes them, as XLA does on
+      CPU. A group of zeros stays zero; one with NaN or an infinity becomes NaN throughout, so that
+      `optax.apply_if_finite` sees it. The derivative is :math:`(I - u u^\top)/\|x\|` for "l2" and
+      0 at zero. In float16 and bfloat16 the elements are rounded once: a million of them in unit l2
+      norm are near 1e-3 each, and what is below 6e-5 loses bits in float16. Prefer "rms" there.
+
+    Examples:
+      J(θ) = θ² from θ = 1 with a learning rate of 0.1 steps to 0.9, where plain gradient descent
+      steps to 0.8.
+
+      >>> import jax, optax
+      >>> from optax_unitscale import unit_scale
+      >>> optimizer = optax.chain(unit_scale(), optax.sgd(0.1))
+      >>> theta = 1.0
+      >>> state = optimizer.init(theta)
+      >>> updates, state = optimizer.update(jax.grad(lambda t: t**2)(theta), state)
+      >>> print(f"{optax.apply_updates(theta, updates):.1f}")
+      0.9
+
+    Source:
+      Hazan, Levy, Shalev-Shwartz 2015, "Beyond Convexity: Stochastic Quasi-Convex Optimization"
+      (whole gradient), https://arxiv.org/abs/1507.02030. Yu et al. 2017, "Block-Normalized
+      Gradient Method" (per tensor), https://arxiv.org/abs/1707.04822.
+    """
     plan = make_plan("unit_scale", norm, scope, axis, axis_name)
     _check_min_norm(min_norm)
 
@@ -45,7 +112,7 @@ def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
         value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
         by = ScaledNorm(jnp.maximum(value, floor), measured.factor)
         for member in group.members:
-            scaled[member.index] = divide(leaves[member.index], by, member.axes)
+            scaled[member.leaf] = divide(leaves[member.leaf], by, member.axes)
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)
 
 
@@ -54,9 +121,9 @@ def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
         raise ValueError(
             f"unit_scale: min_norm has shape {jnp.shape(min_norm)}, expected a scalar."
         )
-    if isinstance(min_norm, jax.core.Tracer):
+    if isinstance(min_norm, Tracer):
         return
-    if not float(min_norm) >= 0 or math.isinf(float(min_norm)):
+    if not 0 <= np.asarray(min_norm) < np.inf:
         raise ValueError(
             f"unit_scale: min_norm is {min_norm}, expected a finite number of 0 or more."
         )

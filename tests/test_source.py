@@ -78,7 +78,7 @@ def test_worked_example_steps_from_1_to_08_plain_and_09_unit_scaled():
     for tx in (optax.sgd(0.1), optax.chain(unit_scale(), optax.sgd(0.1))):
         updates, _ = tx.update(gradient, tx.init(theta))
         after.append(optax.apply_updates(theta, updates))
-    np.testing.assert_allclose(after, [0.8, 0.9], rtol=np.finfo(np.float32).eps)
+    np.testing.assert_allclose(np.array(after), [0.8, 0.9], rtol=float(np.finfo(np.float32).eps))
 
 
 def test_zero_gradient_gives_nan_in_the_pytorch_loop_and_zero_here():

@@ -1,5 +1,6 @@
 """The training problem that PyTorch, TensorFlow and JAX solve alike: NumPy only."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ def initial() -> dict[str, np.ndarray]:
     """Weights of a 10-32-16-5 tanh classifier and mini-batches labelled by a random teacher."""
     rng = np.random.default_rng(20261123)
     widths = (10, 32, 16, 5)
-    arrays = {"inputs": rng.normal(size=(STEPS, 8, widths[0])).astype(np.float32)}
+    arrays: dict[str, np.ndarray] = {
+        "inputs": rng.normal(size=(STEPS, 8, widths[0])).astype(np.float32)
+    }
     teacher = rng.normal(size=(widths[0], widths[-1]))
     arrays["labels"] = np.argmax(np.tanh(arrays["inputs"]) @ teacher, axis=-1)
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         arrays[f"kernel{i}"] = rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
         arrays[f"bias{i}"] = np.zeros(fan_out)
     return arrays

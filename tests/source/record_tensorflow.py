@@ -22,9 +22,7 @@ def train(scope: str, dtype: tf.DType) -> tuple[np.ndarray, list[np.ndarray]]:
             for i in range(3):
                 x = x @ variables[2 * i] + variables[2 * i + 1]
                 x = tf.tanh(x) if i < 2 else x
-            loss = tf.reduce_mean(
-                tf.nn.sparse_softmax_cross_entropy_with_logits(labels[step], x)
-            )
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels[step], x))
         gradients = tape.gradient(loss, variables)
         if scope == "leaf":
             gradients = [g / tf.norm(g) for g in gradients]
