@@ -127,7 +127,7 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
         panel.set(title=name, xlabel="step")
         panel.set_yticks(range(len(layers)), layers, fontsize=7)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="gradient norm (black: zero or not finite)")
+        figure.colorbar(image, ax=axes, label="l2 norm of the gradient (black: zero or not finite)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

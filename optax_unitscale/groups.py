@@ -19,8 +19,8 @@ SCOPES = ("leaf", "global")
 class Member(NamedTuple):
     """One leaf's part in a group: which leaf it is, and what its norm runs over.
 
-    `leaf` counts through the flattened updates; `axes` are the reduced axes of the leaf; `mesh_axes` the mesh axes it is split over, None where
-    JAX is to be asked.
+    `leaf` counts through the flattened updates, `axes` are the axes of the leaf that are reduced,
+    and `mesh_axes` those of the mesh over which it is split, None where JAX is to be asked.
     """
 
     leaf: int
@@ -109,6 +109,7 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
     """
     flat, _ = tree_flatten_with_path(updates)
     leaves = [x if _is_float0(x) else _as_inexact(plan, path, x) for path, x in flat]
+    _check_fit(plan, "axis", plan.axis, updates)
     labels = _labels(plan, updates, [path for path, _ in flat])
     groups: dict[Any, list[Member]] = {}
     names: dict[Any, str] = {}
@@ -127,11 +128,6 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
             )
         names.setdefault(label, _join(path) if plan.scope == "leaf" else str(label))
         groups.setdefault(label, []).append(Member(index, axes, _mesh_axes(plan, path, x)))
-    if len(set(names.values())) < len(names):
-        raise ValueError(
-            f"{plan.caller}: two groups have the same name among {sorted(names.values())}. "
-            "Rename a key or a label."
-        )
     return leaves, [Group(names[label], tuple(members)) for label, members in groups.items()]
 
 
@@ -139,6 +135,7 @@ def _labels(plan: Plan, updates: Any, paths: list[KeyPath]) -> list[Any]:
     if isinstance(plan.scope, str):
         return ["global"] * len(paths) if plan.scope == "global" else list(range(len(paths)))
     labels = plan.scope if isinstance(plan.scope, Prefix) else _prefix(plan.scope(updates))
+    _check_fit(plan, "scope", labels, updates)
     found = [labels.find(_names(path)) for path in paths]
     for path, (is_found, label) in zip(paths, found, strict=True):
         if not is_found:
@@ -152,6 +149,21 @@ def _labels(plan: Plan, updates: Any, paths: list[KeyPath]) -> list[Any]:
                 f"{type(label).__name__}, expected something hashable, such as a string."
             )
     return [label for _, label in found]
+
+
+def _check_fit(plan: Plan, argument: str, prefix: Any, updates: Any) -> None:
+    """An entry of a prefix that stands for nothing in the updates is most likely misspelt."""
+    if not isinstance(prefix, Prefix):
+        return
+    # Subtrees without leaves count: optax.masked puts them where others' leaves were.
+    flat, _ = tree_flatten_with_path(updates, is_leaf=lambda x: not jax.tree.leaves(x))
+    paths = [_names(path) for path, _ in flat]
+    for start, _ in prefix.entries:
+        if not any(start[: len(p)] == p[: len(start)] for p in paths) and paths:
+            raise ValueError(
+                f"{plan.caller}: {argument} has an entry at {_join_names(start)!r}, where the "
+                f"updates have none. They have {[_join_names(p) for p in paths]}."
+            )
 
 
 def _axes(plan: Plan, path: KeyPath, x: jax.Array) -> tuple[int, ...]:

@@ -66,7 +66,13 @@ def gradient_norms(
 def _norms(updates: Any, plan: Plan) -> dict[str, jax.Array]:
     leaves, groups = assign(plan, updates)
     norms = group_norms(plan.norm, groups, leaves)
-    return {
+    named = {
         group.name: (n.value / n.factor).astype(jnp.float32)
         for group, n in zip(groups, norms, strict=True)
     }
+    if len(named) < len(groups):
+        raise ValueError(
+            f"gradient_norms: some of the groups {[group.name for group in groups]} have the same "
+            "name. Rename a key or a label."
+        )
+    return named
