@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LEARNING_RATES", "STEPS", "initial", "save"]
+__all__ = ["CHECKPOINTS", "LEARNING_RATES", "NAMES", "STEPS", "initial", "save"]
 
 STEPS = 200
+# The numbers of steps after which the parameters are recorded.
+CHECKPOINTS = (100, 200)
+NAMES = tuple(f"{kind}{i}" for i in range(3) for kind in ("kernel", "bias"))
 # Constant, as in the source; small enough that 200 steps of known length do not yet bounce.
 LEARNING_RATES = {"leaf": 0.02, "global": 0.05}
 
@@ -29,4 +32,7 @@ def initial() -> dict[str, np.ndarray]:
 
 def save(path: str, version: str, records: dict[str, Any]) -> None:
     """Writes the problem and what a framework made of it."""
-    np.savez_compressed(path, version=version, **initial(), **records)
+    settings = {f"{scope}_learning_rate": rate for scope, rate in LEARNING_RATES.items()}
+    np.savez_compressed(
+        path, version=version, checkpoints=CHECKPOINTS, **settings, **initial(), **records
+    )

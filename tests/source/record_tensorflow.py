@@ -4,18 +4,18 @@ import pathlib
 
 import numpy as np
 import tensorflow as tf
-from problem import LEARNING_RATES, STEPS, initial, save
+from problem import CHECKPOINTS, LEARNING_RATES, NAMES, STEPS, initial, save
 
 
-def train(scope: str, dtype: tf.DType) -> tuple[np.ndarray, list[np.ndarray]]:
+def train(scope: str, dtype: tf.DType) -> dict[str, np.ndarray]:
     """Gradient tape, divide by the norm, step."""
     arrays = initial()
     inputs = tf.constant(arrays["inputs"], dtype)
     labels = tf.constant(arrays["labels"])
-    names = [f"{kind}{i}" for i in range(3) for kind in ("kernel", "bias")]
-    variables = [tf.Variable(tf.constant(arrays[n], dtype)) for n in names]
+    variables = [tf.Variable(tf.constant(arrays[n], dtype)) for n in NAMES]
     learning_rate = tf.constant(LEARNING_RATES[scope], dtype)
     losses = []
+    checkpoints = []
     for step in range(STEPS):
         with tf.GradientTape() as tape:
             x = inputs[step]
@@ -32,7 +32,10 @@ def train(scope: str, dtype: tf.DType) -> tuple[np.ndarray, list[np.ndarray]]:
         for variable, gradient in zip(variables, gradients, strict=True):
             variable.assign_sub(learning_rate * gradient)
         losses.append(float(loss))
-    return np.array(losses), [v.numpy() for v in variables]
+        if step + 1 in CHECKPOINTS:
+            checkpoints.append([v.numpy().copy() for v in variables])
+    parameters_at = map(np.stack, zip(*checkpoints, strict=True))
+    return {"losses": np.array(losses), **dict(zip(NAMES, parameters_at, strict=True))}
 
 
 def main() -> None:
@@ -41,8 +44,7 @@ def main() -> None:
     for scope in LEARNING_RATES:
         for dtype in (tf.float64, tf.float32):
             key = f"{scope}_{dtype.name}"
-            records[f"{key}_losses"], final = train(scope, dtype)
-            records |= {f"{key}_final{i}": array for i, array in enumerate(final)}
+            records |= {f"{key}_{name}": x for name, x in train(scope, dtype).items()}
     save(str(pathlib.Path(__file__).with_name("tensorflow.npz")), tf.__version__, records)
 
 

@@ -4,18 +4,18 @@ import pathlib
 
 import numpy as np
 import torch
-from problem import LEARNING_RATES, STEPS, initial, save
+from problem import CHECKPOINTS, LEARNING_RATES, NAMES, STEPS, initial, save
 
 
-def train(scope: str, dtype: torch.dtype) -> tuple[np.ndarray, list[np.ndarray]]:
+def train(scope: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """The source's loop: backward, divide the gradient by its norm, step."""
     arrays = initial()
     inputs = torch.tensor(arrays["inputs"], dtype=dtype)
     labels = torch.tensor(arrays["labels"])
-    names = [f"{kind}{i}" for i in range(3) for kind in ("kernel", "bias")]
-    parameters = [torch.nn.Parameter(torch.tensor(arrays[n], dtype=dtype)) for n in names]
+    parameters = [torch.nn.Parameter(torch.tensor(arrays[n], dtype=dtype)) for n in NAMES]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATES[scope])
     losses = []
+    checkpoints = []
     for step in range(STEPS):
         x = inputs[step]
         for i in range(3):
@@ -33,7 +33,10 @@ def train(scope: str, dtype: torch.dtype) -> tuple[np.ndarray, list[np.ndarray]]
                 p.grad /= whole
         optimizer.step()
         losses.append(loss.item())
-    return np.array(losses), [p.detach().numpy() for p in parameters]
+        if step + 1 in CHECKPOINTS:
+            checkpoints.append([p.detach().numpy().copy() for p in parameters])
+    parameters_at = map(np.stack, zip(*checkpoints, strict=True))
+    return {"losses": np.array(losses), **dict(zip(NAMES, parameters_at, strict=True))}
 
 
 def main() -> None:
@@ -42,8 +45,7 @@ def main() -> None:
     for scope in LEARNING_RATES:
         for dtype in (torch.float64, torch.float32):
             key = f"{scope}_{str(dtype).removeprefix('torch.')}"
-            records[f"{key}_losses"], final = train(scope, dtype)
-            records |= {f"{key}_final{i}": array for i, array in enumerate(final)}
+            records |= {f"{key}_{name}": x for name, x in train(scope, dtype).items()}
     p = torch.nn.Parameter(torch.zeros(3))
     (p * 0.0).sum().backward()
     assert p.grad is not None
