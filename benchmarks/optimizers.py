@@ -1,8 +1,12 @@
-"""The contenders: each an Optax transformation made from a learning-rate schedule."""
+"""The contenders: each an Optax transformation made from a learning-rate schedule.
+
+`sgd`, `clip` and `unit_scale` are the same SGD with the same momentum; the latter two first change
+the gradient, `clip` as a whole and `unit_scale` per leaf. `adamw` keeps Optax's defaults.
+"""
 
 import optax
 
-from optax_unitscale import unit_scale
+from optax_unitscale import gradient_norms, unit_scale
 
 __all__ = ["OPTIMIZERS", "default_learning_rate", "make"]
 
@@ -28,8 +32,11 @@ def default_learning_rate(name: str) -> float:
 
 
 def make(name: str, learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """A contender under the schedule that all share: linear warm-up, then cosine to zero."""
+    """A contender under the schedule that all share: linear warm-up, then cosine to zero.
+
+    Its state also holds the norms of the gradient that came in, as `grad_norms`.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps=max(1, steps // 20), decay_steps=max(2, steps)
     )
-    return OPTIMIZERS[name](schedule)
+    return optax.chain(optax.snapshot("grad_norms", gradient_norms), OPTIMIZERS[name](schedule))

@@ -1,5 +1,6 @@
 """What people see of a training run: progress, a table, samples, and two figures."""
 
+import math
 import pathlib
 
 import matplotlib.pyplot as plt
@@ -8,7 +9,15 @@ from matplotlib.colors import LogNorm
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
@@ -18,13 +27,19 @@ from benchmarks.training import Log
 __all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]
 
 
+class _LossColumn(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        # The first step compiles for seconds before there is a loss.
+        return Text(f"loss {task.fields['loss']:.3f} nats" if task.completed else "compiling")
+
+
 def progress(console: Console) -> Progress:
     """A live bar whose tasks carry the fields `loss` and `rate`, in tokens per second."""
     return Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} nats"),
+        _LossColumn(),
         TextColumn("{task.fields[rate]:,.0f} tokens/s"),
         TimeRemainingColumn(),
         console=console,
@@ -32,33 +47,34 @@ def progress(console: Console) -> Progress:
 
 
 def table(log: Log, names: list[str], task: Task) -> Table:
-    """One row an optimizer: the metric, steps to the target, seconds, spread of the norms."""
+    """One row an optimizer: the metric, steps to the target, time, spread of the norms."""
     result = Table(
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title=f"Validation, {task.metric}: lower is better",
-        caption="rate: peak learning rate; spread: largest over smallest gradient norm of a layer,"
-        " median over steps",
+        caption="rate: peak learning rate. max/med, min/med: the largest and the smallest gradient "
+        "norm of a layer over the median layer's, typical step.",
     )
     result.add_column("optimizer")
-    for heading in ("rate", "final", "best", f"steps to {task.target:g}", "ms/step", "spread"):
+    target = f"steps to {task.target:g}"
+    for heading in ("rate", "final", "best", target, "ms/step", "max/med", "min/med"):
         result.add_column(heading, justify="right")
     for name in names:
-        steps, evaluations = log.of("step", name), log.of("evaluation", name)
-        if not steps or not evaluations:
-            continue
-        values = [e["value"] for e in evaluations]
-        reached = [e["step"] for e in evaluations if e["value"] <= task.target]
+        evaluations = log.of("evaluation", name)
+        values = [_float(e["value"]) for e in evaluations]
+        reached = [e["step"] for e in evaluations if _float(e["value"]) <= task.target]
         # The first step compiles.
-        seconds = np.median([e["seconds"] for e in steps[1:]]) if len(steps) > 1 else np.nan
-        ratios = [max(norms) / min(norms) for norms in map(_nonzero_norms, steps) if norms]
+        seconds = [e["seconds"] for e in log.of("step", name)[1:]]
+        largest, smallest = _spread(log, name)
         result.add_row(
             name,
             f"{log.of('run', name)[0]['learning_rate']:g}",
-            f"{values[-1]:.3f}",
-            f"{min(values):.3f}",
+            f"{values[-1]:.3f}" if values else "-",
+            f"{np.nanmin(values):.3f}" if np.isfinite(values).any() else "-",
             str(reached[0]) if reached else "never",
-            f"{1000 * seconds:.1f}",
-            f"{np.median(ratios):.0f}" if ratios else "none finite",
+            f"{1000 * np.median(seconds):.1f}" if seconds else "-",
+            f"{largest:.1f}",
+            f"{smallest:.3f}",
         )
     return result
 
@@ -74,13 +90,13 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in names:
         steps, evaluations = log.of("step", name), log.of("evaluation", name)
-        losses = np.array([e["loss"] for e in steps])
+        losses = np.array([_float(e["loss"]) for e in steps])
         window = max(1, len(losses) // 40)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         (line,) = left.plot(np.arange(window, len(losses) + 1), smooth, label=name, linewidth=1.5)
         right.plot(
             [e["step"] for e in evaluations],
-            [e["value"] for e in evaluations],
+            [_float(e["value"]) for e in evaluations],
             marker="o",
             markersize=3,
             color=line.get_color(),
@@ -98,39 +114,57 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
 
 def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
     """Heat map of the gradient norm, layer by step, for each optimizer on one colour scale."""
-    logs = {name: log.of("step", name) for name in names if log.of("step", name)}
-    layers = list(next(iter(logs.values()))[0]["norms"])
-    columns = 2 if len(logs) > 1 else 1
-    rows = -(-len(logs) // columns)
+    maps = {name: _norms(log, name) for name in names}
+    layers = list(log.of("step", names[0])[0]["norms"])
+    columns = 2 if len(maps) > 1 else 1
+    rows = -(-len(maps) // columns)
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(4 + 4 * columns, 1.2 + 0.16 * len(layers) * rows),
+        figsize=(4 + 4 * columns, 1.2 + 0.18 * len(layers) * rows),
         layout="constrained",
         squeeze=False,
         sharey=True,
     )
-    maps = {n: np.array([list(e["norms"].values()) for e in s]).T for n, s in logs.items()}
-    seen = np.concatenate([m[np.isfinite(m) & (m > 0)] for m in maps.values()])
+    seen = np.concatenate([values[np.isfinite(values)] for values in maps.values()])
     low, high = np.quantile(seen, [0.005, 0.995]) if seen.size else (0.1, 1.0)
     scale = LogNorm(low, max(high, 1.01 * low))
     image = None
     for panel in axes.flat[len(maps) :]:
         panel.set_axis_off()
     for panel, (name, values) in zip(axes.flat, maps.items(), strict=False):
-        shown = np.ma.masked_where(~np.isfinite(values) | (values <= 0), values)
         panel.set_facecolor("black")
         extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
         image = panel.imshow(
-            shown, norm=scale, aspect="auto", interpolation="nearest", extent=extent
+            values, norm=scale, aspect="auto", interpolation="nearest", extent=extent
         )
         panel.set(title=name, xlabel="step")
-        panel.set_yticks(range(len(layers)), layers, fontsize=7)
+        panel.set_yticks(range(len(layers)), layers, fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=axes, label="l2 norm of the gradient (black: zero or not finite)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _nonzero_norms(entry: dict) -> list[float]:
-    return [norm for norm in entry["norms"].values() if 0 < norm < float("inf")]
+def _spread(log: Log, name: str) -> tuple[float, float]:
+    # Steps without any layer of finite, nonzero norm have no spread.
+    norms = _norms(log, name)
+    norms = norms[:, np.any(norms > 0, axis=0)]
+    if not norms.size:
+        return math.nan, math.nan
+    relative = norms / np.nanmedian(norms, axis=0)
+    return (
+        float(np.median(np.nanmax(relative, axis=0))),
+        float(np.median(np.nanmin(relative, axis=0))),
+    )
+
+
+def _norms(log: Log, name: str) -> np.ndarray:
+    """The gradient norms by layer and step; NaN where one is zero or not finite."""
+    rows = [list(e["norms"].values()) for e in log.of("step", name)]
+    norms = np.array(rows, np.float64).T
+    return np.where(norms > 0, norms, np.nan)
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import time
@@ -11,12 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import optimizers
 from benchmarks.tasks import Task
-from optax_unitscale import gradient_norms
 
 __all__ = ["Config", "Log", "describe", "train"]
 
@@ -29,6 +30,7 @@ class Config:
     """All that decides the outcome of one run."""
 
     task: str
+    data_sha256: str
     optimizer: str
     learning_rate: float
     steps: int
@@ -40,24 +42,22 @@ class Log:
     """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent."""
 
     def __init__(self, path: pathlib.Path):
+        path.touch()
         self.path = path
-        self.entries: list[Entry] = []
-        if path.exists():
-            # A process that was killed may have left half a line behind, always the last.
-            lines = path.read_text().split("\n")[:-1]
-            self.entries = [json.loads(line) for line in lines]
+        # A process that was killed may have left half a line behind, always the last.
+        self.entries: list[Entry] = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
 
     def append(self, **entry: Any) -> None:
         """Adds an entry and hands it to the operating system."""
         self.entries.append(entry)
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_line(entry))
 
     def keep(self, wanted: Callable[[Entry], bool]) -> None:
         """Drops the entries that are not wanted, and replaces the file in one move."""
         self.entries = [entry for entry in self.entries if wanted(entry)]
         whole = self.path.with_suffix(".new")
-        whole.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        whole.write_text("".join(map(_line, self.entries)))
         whole.replace(self.path)
 
     def of(self, kind: str, optimizer: str) -> list[Entry]:
@@ -65,13 +65,12 @@ class Log:
         return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
 
 
-def describe(config: Config, task: Task) -> Entry:
+def describe(config: Config) -> Entry:
     """The entry that opens a run: its configuration, its data, and what computed it."""
-    packages = ("jax", "jaxlib", "optax", "flax")
+    packages = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
     return {
         "kind": "run",
         **dataclasses.asdict(config),
-        "data_sha256": task.fingerprint,
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -109,7 +108,7 @@ def train(
             nnx.replace_by_pure_dict(state, manager.restore(done, args=target))
         log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
         if not log.of("run", config.optimizer):
-            log.append(**describe(config, task))
+            log.append(**describe(config))
         for step in range(done + 1, config.steps + 1):
             start = time.perf_counter()
             state, loss, norms = step_function(
@@ -118,11 +117,11 @@ def train(
             loss, norms = jax.device_get((loss, norms))
             seconds = time.perf_counter() - start
             entry: Entry = {"optimizer": config.optimizer, "step": step}
-            norms = {name: float(norm) for name, norm in norms.items()}
-            log.append(kind="step", **entry, loss=float(loss), seconds=seconds, norms=norms)
+            norms = {name: _number(norm) for name, norm in norms.items()}
+            log.append(kind="step", **entry, loss=_number(loss), seconds=seconds, norms=norms)
             if step in evaluate_at:
                 value = task.evaluate(nnx.merge(graph, state)[0])
-                log.append(kind="evaluation", **entry, value=value)
+                log.append(kind="evaluation", **entry, value=_number(value))
             # After the log, so that a checkpoint is never ahead of it.
             if step % every == 0 or step == config.steps:
                 manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
@@ -138,6 +137,17 @@ def _compile(graph: Any, task: Task) -> Callable[..., Any]:
         model, optimizer = nnx.merge(graph, state)
         loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
         optimizer.update(model, gradients)
-        return nnx.state((model, optimizer)), loss, gradient_norms(gradients)
+        norms = optax.tree.get(optimizer.opt_state, "grad_norms")
+        values = {name: norm[...] for name, norm in norms.items()}
+        return nnx.state((model, optimizer)), loss, values
 
     return step
+
+
+def _number(value: Any) -> float | None:
+    # JSON has neither NaN nor infinity.
+    return float(value) if math.isfinite(value) else None
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(entry, allow_nan=False) + "\n"

@@ -65,11 +65,17 @@ _validation_loss = nnx.jit(_loss)
 
 
 def _evaluate(model: GPT) -> float:
-    """Bits per character over evenly spread windows of the validation text."""
+    """Bits per character over evenly spread windows of the validation text.
+
+    A character that UTF-8 writes in several bytes counts once.
+    """
     text = splits()["validation"]
     starts = np.linspace(0, len(text) - CONFIG.context - 1, VALIDATION_EXAMPLES).astype(int)
     windows = text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
-    return float(_validation_loss(model, jnp.asarray(windows))) / math.log(2)
+    targets = windows[:, 1:]
+    characters = np.count_nonzero(targets & 0xC0 != 0x80)
+    bits_per_byte = float(_validation_loss(model, jnp.asarray(windows))) / math.log(2)
+    return bits_per_byte * targets.size / characters
 
 
 @functools.partial(nnx.jit, static_argnames="length")

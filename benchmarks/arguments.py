@@ -1,0 +1,39 @@
+"""The values that commands take, and how a wrong one is answered."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+__all__ = ["Parser", "positive_number", "whole_number"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong value with one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`."""
+    wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def positive_number(text: str) -> float:
+    """A parser of finite numbers above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
