@@ -4,6 +4,7 @@
 the gradient, `clip` as a whole and `unit_scale` per leaf. `adamw` keeps Optax's defaults.
 """
 
+import jax.numpy as jnp
 import optax
 
 from optax_unitscale import gradient_norms, unit_scale
@@ -39,4 +40,6 @@ def make(name: str, learning_rate: float, steps: int) -> optax.GradientTransform
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps=max(1, steps // 20), decay_steps=max(2, steps)
     )
-    return optax.chain(optax.snapshot("grad_norms", gradient_norms), OPTIMIZERS[name](schedule))
+    # Optax's cosine mixes an integer count with floats, which strict promotion refuses.
+    optimizer = OPTIMIZERS[name](lambda count: schedule(jnp.asarray(count, jnp.float32)))
+    return optax.chain(optax.snapshot("grad_norms", gradient_norms), optimizer)
