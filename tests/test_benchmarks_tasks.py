@@ -1,0 +1,43 @@
+"""The tasks' data and the models: deterministic, disjoint, causal."""
+
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import language_modelling
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    batch = language_modelling.load().batch
+    np.testing.assert_array_equal(batch(3, 5, 4), batch(3, 5, 4))
+    assert not np.array_equal(batch(3, 5, 4), batch(3, 6, 4))
+    assert not np.array_equal(batch(3, 5, 4), batch(4, 5, 4))
+
+
+def test_weights_are_a_function_of_the_seed():
+    model = language_modelling.load().model
+    first, again, other = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.state(model(seed), nnx.Param))])
+        for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_splits_cover_the_text_and_share_none_of_it():
+    parts = language_modelling.splits()
+    text = "\n".join(t for _, t in sorted(pydoc_data.topics.topics.items())).encode()
+    assert b"".join(parts[name].tobytes() for name in ("train", "validation", "test")) == text
+    assert min(len(part) for part in parts.values()) > 10_000
+
+
+def test_a_later_token_does_not_change_earlier_logits():
+    model = GPT(GPTConfig(vocabulary=11, context=8, depth=2, heads=2, width=16), nnx.Rngs(0))
+    tokens = jnp.arange(8)[None]
+    before, after = model(tokens), model(tokens.at[0, 5].set(9))
+    np.testing.assert_array_equal(np.asarray(before)[0, :5], np.asarray(after)[0, :5])
+    assert not np.allclose(np.asarray(before)[0, 5:], np.asarray(after)[0, 5:])
