@@ -83,7 +83,8 @@ def train(
     """Trains from the last checkpoint, or from the start, and yields `(step, loss)` after each.
 
     Every step is a function of the state and of `(seed, step)` alone, so a run that was killed and
-    goes on from a checkpoint ends in the same bits as one that never stopped.
+    goes on from a checkpoint ends in the same bits as one that never stopped, given the same
+    versions and the same number of CPU cores: XLA divides its sums among the cores.
 
     Args:
       config: the run.
