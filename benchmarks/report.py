@@ -133,7 +133,7 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
     for panel in axes.flat[len(maps) :]:
         panel.set_axis_off()
     for panel, (name, values) in zip(axes.flat, maps.items(), strict=False):
-        panel.set_facecolor("black")
+        panel.set_facecolor("white")
         extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
         image = panel.imshow(
             values, norm=scale, aspect="auto", interpolation="nearest", extent=extent
@@ -141,7 +141,7 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
         panel.set(title=name, xlabel="step")
         panel.set_yticks(range(len(layers)), layers, fontsize=8)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="l2 norm of the gradient (black: zero or not finite)")
+        figure.colorbar(image, ax=axes, label="l2 norm of the gradient (white: zero or not finite)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
