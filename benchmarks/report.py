@@ -29,8 +29,10 @@ __all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]
 
 class _LossColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        # The first step compiles for seconds before there is a loss.
-        return Text(f"loss {task.fields['loss']:.3f} nats" if task.completed else "compiling")
+        # The first step compiles for seconds before there is a loss; a finished run has none.
+        if task.fields["loss"] is None:
+            return Text("finished before" if task.finished else "compiling")
+        return Text(f"loss {task.fields['loss']:.3f} nats")
 
 
 def progress(console: Console) -> Progress:

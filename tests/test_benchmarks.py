@@ -67,7 +67,7 @@ def test_a_run_logs_every_step_of_every_optimizer_and_its_origin(finished):
         assert run["versions"]["jax"] == jax.__version__
         steps = log.of("step", name)
         assert [e["step"] for e in steps] == list(range(1, STEPS + 1))
-        assert all(e["norms"]["blocks/0/attention/query/kernel"] > 0 for e in steps)
+        assert all(e["norms"]["blocks/layers/0/attention/query/kernel"] > 0 for e in steps)
         assert [e["step"] for e in log.of("evaluation", name)] == list(range(1, STEPS + 1))
         assert len(log.of("sample", name)) == 1
     assert steps_of(finished, "unit_scale")[0]["loss"] == steps_of(finished, "sgd")[0]["loss"]
@@ -120,6 +120,19 @@ def test_resume_refuses_other_options_than_the_saved_ones(finished, capsys):
         main(["train", *SMALL, "--seed", "1", "--out", str(finished), "--resume"])
     error = capsys.readouterr().err
     assert "has seed 0 for sgd, not 1; repeat its options" in error
+    assert error.count("\n") == 1
+
+
+def test_leftover_checkpoints_are_neither_adopted_nor_overwritten(tmp_path, capsys):
+    (tmp_path / "checkpoints" / "sgd" / "200").mkdir(parents=True)
+    command = ["train", *SMALL, "--optimizer", "sgd", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "holds a run; add --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--resume"])
+    error = capsys.readouterr().err
+    assert "does not say which run the checkpoints of sgd belong to" in error
     assert error.count("\n") == 1
 
 

@@ -1,5 +1,6 @@
 """The tasks' data and the models: deterministic, disjoint, causal."""
 
+import pathlib
 import pydoc_data.topics
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import tasks
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.tasks import language_modelling
 
@@ -41,3 +43,17 @@ def test_a_later_token_does_not_change_earlier_logits():
     before, after = model(tokens), model(tokens.at[0, 5].set(9))
     np.testing.assert_array_equal(np.asarray(before)[0, :5], np.asarray(after)[0, :5])
     assert not np.allclose(np.asarray(before)[0, 5:], np.asarray(after)[0, 5:])
+
+
+def test_a_module_in_the_folder_is_a_task():
+    folder = pathlib.Path(language_modelling.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert set(tasks.TASKS) == files
+    assert all(isinstance(tasks.load(name), tasks.Task) for name in files)
+
+
+def test_a_sample_holds_nothing_that_a_terminal_would_obey():
+    task = language_modelling.load()
+    text = task.sample(task.model(0), 0)
+    assert "▸" in text
+    assert all(c.isprintable() or c == "\n" for c in text)

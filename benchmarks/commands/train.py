@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import datetime
-import math
 import pathlib
 
 import matplotlib as mpl
@@ -25,7 +24,12 @@ LARGEST_SEED = 2**32 - 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add = parser.add_argument
-    add("--task", choices=TASKS, default=TASKS[0], help="what to learn (default: %(default)s)")
+    add(
+        "--task",
+        choices=TASKS,
+        default="language_modelling",
+        help="what to learn (default: %(default)s)",
+    )
     add(
         "--steps",
         type=whole_number(1),
@@ -124,7 +128,7 @@ def _train(
     out: pathlib.Path,
     checkpoint_every: int,
 ) -> None:
-    row = bar.add_task(config.optimizer, total=config.steps, loss=math.nan, rate=0.0)
+    row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
     tokens = config.batch_size * task.tokens
     folder = out / "checkpoints" / config.optimizer
     for step, loss in training.train(config, task, log, folder, checkpoint_every):
@@ -155,7 +159,8 @@ def _folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path:
         if options.resume and earlier:
             return earlier[-1]
         return RUNS / f"train-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if (options.out / "metrics.jsonl").exists() and not options.resume:
+    parts = [options.out / name for name in ("metrics.jsonl", "checkpoints")]
+    if any(part.exists() for part in parts) and not options.resume:
         parser.error(
             f"argument --out: {options.out} holds a run; add --resume to go on with it, or name "
             "another folder"
@@ -165,7 +170,14 @@ def _folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path:
 
 def _check_same_run(parser: Parser, log: training.Log, configs: list[training.Config]) -> None:
     for config in configs:
-        for saved in log.of("run", config.optimizer):
+        runs = log.of("run", config.optimizer)
+        # Without its configuration a checkpoint could be any run's.
+        if not runs and any((log.path.parent / "checkpoints" / config.optimizer).glob("*")):
+            parser.error(
+                f"argument --resume: {log.path} does not say which run the checkpoints of "
+                f"{config.optimizer} belong to; restore that file or name another folder for --out"
+            )
+        for saved in runs:
             for field, value in dataclasses.asdict(config).items():
                 if saved[field] != value:
                     parser.error(

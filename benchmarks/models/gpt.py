@@ -34,8 +34,9 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Maps activations of shape (batch, position, width) to the same shape."""
+        mask = nnx.make_causal_mask(x[:, :, 0])
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
@@ -47,14 +48,11 @@ class GPT(nnx.Module):
         self.config = config
         self.tokens = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
         self.positions = nnx.Embed(config.context, config.width, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
+        self.blocks = nnx.Sequential(*(Block(config, rngs) for _ in range(config.depth)))
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.head = nnx.Linear(config.width, config.vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps token ids of shape (batch, position) to logits (batch, position, vocabulary)."""
-        mask = nnx.make_causal_mask(tokens)
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None]
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(self.norm(x))
+        return self.head(self.norm(self.blocks(x)))

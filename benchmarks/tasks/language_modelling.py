@@ -98,4 +98,6 @@ def _sample(model: GPT, seed: int) -> str:
     prompt_text, continuation = (
         bytes(np.asarray(part, np.uint8)).decode(errors="replace") for part in (prompt, tokens)
     )
-    return f"{prompt_text}▸{continuation}"
+    # An untrained model writes any byte, and a terminal obeys some.
+    text = f"{prompt_text}▸{continuation}"
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
