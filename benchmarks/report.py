@@ -143,7 +143,9 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
         panel.set(title=name, xlabel="step")
         panel.set_yticks(range(len(layers)), layers, fontsize=8)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="l2 norm of the gradient (white: zero or not finite)")
+        # One norm in two hundred lies below the scale and one above it.
+        label = "l2 norm of the gradient (white: zero or not finite)"
+        figure.colorbar(image, ax=axes, extend="both", label=label)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
