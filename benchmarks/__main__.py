@@ -4,30 +4,28 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from benchmarks import interrupt
 from benchmarks.arguments import Parser
 
 __all__ = ["main"]
 
 # Each is a module of benchmarks.commands, with `add_arguments` and `run`.
 COMMANDS = {"train": "train a model with several optimizers and compare them"}
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     parser = Parser(prog="python -m benchmarks", description="Experiments with unit_scale.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    try:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Importing a command takes seconds, in which Ctrl-C must work too.
+    with interrupt.immediate():
         for name, summary in COMMANDS.items():
-            # Here, because it takes seconds, in which Ctrl-C must work too.
             module = importlib.import_module(f"benchmarks.commands.{name}")
             subparser = commands.add_parser(name, help=summary, description=module.__doc__)
             module.add_arguments(subparser)
             subparser.set_defaults(parser=subparser, run=module.run)
         options = parser.parse_args(arguments)
         return options.run(options.parser, options)
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 if __name__ == "__main__":

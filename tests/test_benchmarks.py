@@ -223,12 +223,14 @@ def test_a_run_that_was_killed_four_times_ends_in_the_same_bits(finished, tmp_pa
         np.testing.assert_array_equal(resumed, straight)
 
 
-def test_ctrl_c_before_the_first_step_is_quiet(tmp_path):
+def test_ctrl_c_while_the_first_step_compiles_stops_after_it(tmp_path):
     out = tmp_path / "run"
     process = start(out)
-    said = stop_after(process, out / "metrics.jsonl", signal.SIGINT)
+    said = stop_after(process, out / "checkpoints", signal.SIGINT)
     assert process.returncode == 130, said
+    assert "Stopped. Go on with the same options and --resume" in said
     check_quiet(said)
+    assert [e["step"] for e in steps_of(out, "unit_scale")] == [1]
 
 
 def test_half_a_line_at_the_end_of_the_log_is_dropped(tmp_path):

@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import datetime
 import pathlib
+import threading
 
 import matplotlib as mpl
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import report, training
+from benchmarks import interrupt, report, training
 from benchmarks.arguments import Parser, positive_number, whole_number
 from benchmarks.optimizers import OPTIMIZERS, default_learning_rate
 from benchmarks.tasks import TASKS, Task, load
@@ -108,15 +109,15 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         parser.error(f"argument --out: cannot use {out}: {error}")
     _check_same_run(parser, log, configs)
     console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
-    try:
+    with interrupt.deferred() as stop:
         with report.progress(console) as bar:
             for config in configs:
-                _train(bar, config, task, log, out, options.checkpoint_every)
-    except KeyboardInterrupt:
+                if not stop.is_set():
+                    _train(bar, config, task, log, out, options.checkpoint_every, stop)
         _show(console, log, names, task, out)
+    if stop.is_set():
         console.print(f"Stopped. Go on with the same options and --resume --out {out}")
-        raise
-    _show(console, log, names, task, out)
+        return interrupt.INTERRUPTED
     return 0
 
 
@@ -127,6 +128,7 @@ def _train(
     log: training.Log,
     out: pathlib.Path,
     checkpoint_every: int,
+    stop: threading.Event,
 ) -> None:
     row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
     tokens = config.batch_size * task.tokens
@@ -134,6 +136,8 @@ def _train(
     for step, loss in training.train(config, task, log, folder, checkpoint_every):
         rate = tokens * (bar.tasks[row].speed or 0.0)
         bar.update(row, completed=step, loss=loss, rate=rate)
+        if stop.is_set():
+            return
     bar.update(row, completed=config.steps)
 
 
