@@ -1,18 +1,12 @@
-"""Settings that every test runs under, and the collection of the README's code."""
+"""Settings that every test runs under."""
 
 from collections.abc import Iterator
 
 import jax
 import pytest
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md"], path=".."
-).pytest()
 
 
 @pytest.fixture

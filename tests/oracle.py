@@ -13,9 +13,9 @@ def norm_of(arrays: Sequence[np.ndarray], norm: str) -> np.longdouble:
     sizes = np.concatenate([np.abs(_widen(array)).ravel() for array in arrays])
     largest = sizes.max()
     if norm == "linf" or largest == 0:
-        return largest
+        return np.longdouble(largest)
     if norm == "l1":
-        return sizes.sum()
+        return np.longdouble(sizes.sum())
     # Scaled, for platforms on which longdouble is no wider than float64.
     mean = np.mean(np.square(sizes / largest))
     return largest * np.sqrt(mean * (sizes.size if norm == "l2" else 1))

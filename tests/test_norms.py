@@ -1,6 +1,7 @@
 """The norm of the result is 1 and its elements are the quotient, at any magnitude."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ MAGNITUDES = {
 WIDE = ("float64", "complex128")
 
 
-def scaled(tree, norm, **options):
+def scaled(tree: Any, norm: str, **options: Any) -> Any:
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
 
 
@@ -184,6 +185,7 @@ def derivative(x, v, norm):
 def test_the_derivative_is_that_of_the_quotient_forward_and_reverse(norm, magnitude):
     x = sample((12,), "float32", magnitude)
     v, w = sample((2, 12), "float32", seed=1)
+
     def function(t):
         return scaled(t, norm)
 
