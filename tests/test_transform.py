@@ -1,0 +1,294 @@
+"""The contract of the transformation: what it keeps, what it compiles, where it may stand."""
+
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax import lax
+
+from optax_unitscale import unit_scale
+
+NORMS = ["l2", "rms", "l1", "linf"]
+EMPTY = optax.EmptyState()
+EVENTS: list[str] = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def record(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
+    EVENTS.append(event)
+
+
+def compilations() -> int:
+    return EVENTS.count("/jax/core/compile/backend_compile_duration")
+
+
+def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
+    return unit_scale(norm, **options).update(tree, EMPTY)[0]
+
+
+def sample(*shape: int, dtype: Any = "float32", seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+def check(result: Any, expected: Any, dtype: Any = "float32") -> None:
+    """Four roundings, in the leaf's dtype: the norm, its reciprocal, the product, the result."""
+    result, eps = np.asarray(result), oracle.epsilon(dtype)
+    assert result.dtype == dtype
+    wide = result if np.iscomplexobj(result) else result.astype(np.float64)
+    np.testing.assert_allclose(wide, np.asarray(expected), rtol=4 * eps, atol=0)
+
+
+@pytest.mark.parametrize(("first", "expected"), [(optax.identity(), 0.8), (unit_scale(), 0.9)])
+def test_a_step_on_the_parabola_goes_to_08_plain_and_to_09_scaled(first, expected):
+    optimizer = optax.chain(first, optax.sgd(0.1))
+    theta = jnp.float32(1)
+    gradient = jax.grad(lambda t: t**2)(theta)
+    updates, _ = optimizer.update(gradient, optimizer.init(theta))
+    check(optax.apply_updates(theta, updates), expected)
+
+
+def test_the_state_is_empty_and_comes_back_as_it_was():
+    transformation = unit_scale(min_norm=1e-3)
+    assert isinstance(transformation, optax.GradientTransformationExtraArgs)
+    state = transformation.init({"a": jnp.ones(3)})
+    assert state == EMPTY
+    assert isinstance(state, optax.EmptyState)
+    assert transformation.update({"a": jnp.ones(3)}, state)[1] is state
+
+
+def test_params_and_extra_arguments_change_nothing():
+    gradient = sample(5)
+    more, _ = unit_scale().update(gradient, EMPTY, gradient, value=jnp.ones(()), unexpected="x")
+    np.testing.assert_array_equal(np.asarray(more), np.asarray(scaled(gradient)))
+
+
+def rows(path, leaf):
+    del path
+    return tuple(range(1, leaf.ndim))
+
+
+@pytest.mark.parametrize(
+    "make_options",
+    [
+        dict,
+        lambda: {"axis": {"a": (0,), "b": None}},
+        lambda: {"scope": {"a": "x", "b": "x"}, "axis": rows},
+    ],
+    ids=["default", "axis tree", "labels and axis callable"],
+)
+def test_an_eager_update_is_one_computation_that_equal_factories_share(make_options):
+    tree = {"a": sample(3, 5), "b": sample(3, 7)}
+    before = compilations()
+    scaled(tree, "rms", **make_options())
+    assert compilations() - before == 1
+    scaled(tree, "rms", **make_options())
+    assert compilations() - before == 1
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
+def test_another_min_norm_compiles_nothing_and_is_obeyed(kind):
+    gradient, *floors = jnp.full((6,), 2.0), kind(8), kind(16), kind(1e-3)
+    scaled(gradient, "linf", min_norm=floors[0])
+    before = compilations()
+    results = [scaled(gradient, "linf", min_norm=floor) for floor in floors]
+    assert compilations() == before
+    for result, expected in zip(results, [0.25, 0.125, 1.0], strict=True):
+        np.testing.assert_array_equal(np.asarray(result), np.float32(expected))
+
+
+def test_a_traced_min_norm_compiles_once():
+    step = jax.jit(lambda gradient, floor: scaled(gradient, "linf", min_norm=floor))
+    gradient, floors = jnp.full((6,), 2.0), [jnp.float32(8), jnp.float32(16)]
+    step(gradient, floors[0])
+    before = compilations()
+    np.testing.assert_array_equal(np.asarray(step(gradient, floors[1])), np.float32(0.125))
+    assert compilations() == before
+
+
+def test_the_update_is_inlined_into_the_callers_jit():
+    equations = jax.make_jaxpr(scaled)({"a": sample(3), "b": sample(4, 2)}).jaxpr.eqns
+    calls = [e for e in equations if e.primitive.name in ("jit", "pjit")]
+    # What is left are small functions of jax.numpy; the reduction is in none of them.
+    assert not any("reduce_" in str(call.params["jaxpr"]) for call in calls)
+    assert "reduce_" in str(equations)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_above_min_norm_the_norm_is_one_and_below_the_update_is_linear(norm):
+    for magnitude in (1e-30, 1e-3, 1.0, 1e30):
+        x = np.asarray(sample(4, 9)) * np.float32(magnitude)
+        size = np.float32(oracle.norm_of([x], norm))
+        wide = x.astype(np.float64)
+        for floor in (size / 64, size, size * 64):
+            expected = wide / max(float(oracle.norm_of([x], norm)), float(floor))
+            check(scaled(jnp.asarray(x), norm, min_norm=floor), expected)
+
+
+def test_every_slice_and_leaf_has_min_norm_for_itself_in_any_dtype():
+    lines = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [3e5, 4e5], [np.nan, 1.0]])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        tree = {"a": jnp.asarray(lines, dtype), "b": jnp.full((5, 1), 0.25, dtype)}
+        result = scaled(tree, axis=-1, min_norm=2.0)
+        expected = np.asarray(tree["a"], np.float64) / [[5], [2], [1], [5e5], [1]]
+        expected[4] = np.nan
+        check(result["a"], expected, dtype)
+        check(result["b"], np.full((5, 1), 0.125), dtype)
+    together = scaled(
+        {"a": jnp.asarray([3.0]), "b": jnp.asarray([4.0])}, scope="global", min_norm=8
+    )
+    check(together["a"], [0.375])
+    check(together["b"], [0.5])
+
+
+def test_below_min_norm_the_derivative_is_that_of_a_division_by_it():
+    jacobian = jax.jit(jax.jacrev(lambda x: scaled(x, min_norm=8.0)))
+    for point in (jnp.zeros(3), jnp.ones(3)):
+        np.testing.assert_array_equal(np.asarray(jacobian(point)), np.eye(3) / 8)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
+@pytest.mark.parametrize("floor", [-1.0, np.nan, np.inf, -np.inf])
+def test_min_norm_outside_its_range_is_refused(floor, kind):
+    text = rf"unit_scale: min_norm is {floor}, expected a finite number of 0 or more"
+    with pytest.raises(ValueError, match=text):
+        unit_scale(min_norm=kind(floor))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_min_norm_that_is_no_scalar_is_refused(kind):
+    floor = kind(np.ones((2, 1), np.float32))
+    with pytest.raises(ValueError, match=r"min_norm has shape \(2, 1\), expected a scalar"):
+        unit_scale(min_norm=floor)
+    with pytest.raises(ValueError, match=r"min_norm has shape \(2, 1\), expected a scalar"):
+        jax.jit(lambda m: scaled(jnp.ones(3), min_norm=m))(floor)
+
+
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_what_holds_no_elements_passes_through(scope):
+    tree = {
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "dict": {},
+        "tuple": (),
+        "no elements": jnp.zeros((0, 3), jnp.bfloat16),
+        "float0": np.zeros((2,), jax.dtypes.float0),
+        "x": jnp.array([3.0, 4.0]),
+    }
+    result = scaled(tree, scope=scope)
+    assert jax.tree.structure(result) == jax.tree.structure(tree)
+    check(result.pop("x"), [0.6, 0.8])
+    for name, before in tree.items():
+        if name in ("no elements", "float0"):
+            assert (result[name].shape, result[name].dtype) == (before.shape, before.dtype)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_scalars_become_their_sign_and_may_be_pythons_or_numpys(norm):
+    tree = [-2.0, 0.0, 5e-30, np.float32(-3e30), np.array(7.0, np.float16), jnp.float32(-1)]
+    result = scaled(tree, norm)
+    assert all(isinstance(x, jax.Array) for x in result)
+    assert [float(x) for x in result] == [-1, 0, 1, -1, 1, -1]
+    assert [x.dtype for x in result] == ["float32"] * 4 + ["float16", "float32"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_complex_leaves_keep_their_phase(norm):
+    x = np.array([3 + 4j, -6 + 8j, 0], np.complex64)
+    check(scaled(x, norm), oracle.unit([x], norm)[0], np.complex64)
+    check(scaled(3 - 4j, norm), 0.6 - 0.8j, np.complex64)
+
+
+@pytest.mark.parametrize("wide", [[], ["float64", "complex128"]], ids=["x32", "x64"])
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_every_leaf_of_a_mixed_tree_keeps_its_dtype(scope, wide, request):
+    if wide:
+        request.getfixturevalue("x64")
+    dtypes = ["float16", "bfloat16", "float32", "complex64", *wide]
+    tree = {d: sample(7, dtype=jnp.dtype(d), seed=i) for i, d in enumerate(dtypes)}
+    arrays = {d: np.asarray(x) for d, x in tree.items()}
+    together = dict(zip(arrays, oracle.unit(list(arrays.values()), "l2"), strict=True))
+    for dtype, result in scaled(tree, scope=scope).items():
+        alone = oracle.unit([arrays[dtype]], "l2")[0]
+        # float64 leaves meet the float32 ones in a float64 sum, so only their own dtype rounds.
+        check(result, together[dtype] if scope == "global" else alone, jnp.dtype(dtype))
+
+
+WAYS = {
+    "vmap": jax.vmap,
+    "scan": lambda f: lambda xs: lax.scan(lambda n, x: (n + 1, f(x)), 0, xs)[1],
+    "cond": lambda f: lambda xs: jnp.stack([lax.cond(x[0] >= 0, f, f, x) for x in xs]),
+    "cond in vmap": lambda f: jax.vmap(lambda x: lax.cond(x[0] >= 0, f, f, x)),
+    "checkpoint": lambda f: jax.vmap(jax.checkpoint(f)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_update_may_stand_inside(way):
+    magnitudes = np.array([1e-30, 0, 1, 1e30], np.float32)
+    x = np.asarray(sample(4, 6)) * magnitudes[:, None]
+    expected = [oracle.unit([row], "l2")[0] if row.any() else row for row in x]
+    check(jax.jit(WAYS[way](scaled))(jnp.asarray(x)), np.stack(expected))
+
+
+def test_update_and_state_may_be_a_branch_of_cond():
+    transformation = unit_scale()
+
+    def update(gradient, state):
+        return transformation.update(gradient, state)
+
+    def skip(gradient, state):
+        return jax.tree.map(jnp.zeros_like, gradient), state
+
+    gradient = {"a": jnp.array([3.0, 4.0], jnp.bfloat16)}
+    result, state = lax.cond(gradient["a"][0] > 0, update, skip, gradient, EMPTY)
+    assert state == EMPTY
+    check(result["a"], [0.6, 0.8], jnp.bfloat16)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_a_loss_after_a_step_is_differentiable_in_what_led_to_the_step(wrap):
+    target = sample(3)
+
+    @wrap
+    def after(weights):
+        theta = jnp.ones(3)
+        gradient = jax.grad(lambda t: jnp.sum(weights * (t - target) ** 2))(theta)
+        return jnp.sum((theta - 0.1 * scaled(gradient) - target) ** 2)
+
+    def exact(weights):
+        gradient = 2 * weights * (1 - wide)
+        return np.sum((1 - 0.1 * gradient / np.linalg.norm(gradient) - wide) ** 2)
+
+    wide, weights, h = np.asarray(target, np.float64), np.array([1.0, 2.0, 3.0]), 1e-6
+    differences = [(exact(weights + h * e) - exact(weights - h * e)) / (2 * h) for e in np.eye(3)]
+    slope = jax.jit(jax.grad(after))(jnp.asarray(weights, jnp.float32))
+    # Float32 rounds some twenty times here, and the three terms of each derivative cancel in part.
+    np.testing.assert_allclose(np.asarray(slope), differences, rtol=1e-5, atol=1e-6)
+
+
+def test_multi_steps_scales_the_mean_of_the_gradients():
+    optimizer = optax.MultiSteps(optax.chain(unit_scale(), optax.sgd(1.0)), every_k_schedule=2)
+    gradients = [jnp.array([6.0, 0.0]), jnp.array([0.0, 8.0])]
+    state = optimizer.init(gradients[0])
+    # MultiSteps divides a float by an integer.
+    with jax.numpy_dtype_promotion("standard"):
+        first, state = optimizer.update(gradients[0], state, gradients[0])
+        second, _ = optimizer.update(gradients[1], state, gradients[0])
+    np.testing.assert_array_equal(np.asarray(first), 0)
+    check(second, [-0.6, -0.8])
+
+
+def test_donated_gradients_make_room_for_the_update():
+    tree = {"a": sample(8, 16), "b": sample(32, dtype=jnp.bfloat16)}
+    expected = scaled(tree)
+    # A donation that finds no use is a warning, and here an error.
+    result = jax.jit(scaled, donate_argnums=0)(tree)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+    for leaf, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        check(leaf, np.asarray(other, np.float64), leaf.dtype)
