@@ -169,8 +169,8 @@ def test_min_norm_that_is_no_scalar_is_refused(kind):
         jax.jit(lambda m: scaled(jnp.ones(3), min_norm=m))(floor)
 
 
-@pytest.mark.parametrize("scope", ["leaf", "global"])
-def test_what_holds_no_elements_passes_through(scope):
+@pytest.mark.parametrize(("norm", "scope"), [("l2", "leaf"), ("linf", "leaf"), ("l2", "global")])
+def test_what_holds_no_elements_passes_through(norm, scope):
     tree = {
         "none": None,
         "masked": optax.MaskedNode(),
@@ -180,9 +180,9 @@ def test_what_holds_no_elements_passes_through(scope):
         "float0": np.zeros((2,), jax.dtypes.float0),
         "x": jnp.array([3.0, 4.0]),
     }
-    result = scaled(tree, scope=scope)
+    result = scaled(tree, norm, scope=scope)
     assert jax.tree.structure(result) == jax.tree.structure(tree)
-    check(result.pop("x"), [0.6, 0.8])
+    check(result.pop("x"), [0.75, 1.0] if norm == "linf" else [0.6, 0.8])
     for name, before in tree.items():
         if name in ("no elements", "float0"):
             assert (result[name].shape, result[name].dtype) == (before.shape, before.dtype)
