@@ -10,7 +10,10 @@ from benchmarks.arguments import Parser
 __all__ = ["main"]
 
 # Each is a module of benchmarks.commands, with `add_arguments` and `run`.
-COMMANDS = {"train": "train a model with several optimizers and compare them"}
+COMMANDS = {
+    "train": "train a model with several optimizers and compare them",
+    "range": "show at which magnitudes normalised gradients have norm 1",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
