@@ -1,8 +1,9 @@
 """Which gradient elements share a norm: scope, axis, labels and the paths that name them."""
 
+import collections
 import dataclasses
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,18 @@ __all__ = ["Group", "Member", "Plan", "assign", "make_plan"]
 
 NORMS = ("l2", "rms", "l1", "linf")
 SCOPES = ("leaf", "global")
+
+
+class Path(NamedTuple):
+    """Where a leaf is, as JAX says it and as people do."""
+
+    keys: KeyPath
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Such as "blocks/attn/kernel"."""
+        return _join(self.names)
 
 
 class Member(NamedTuple):
@@ -77,7 +90,9 @@ def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> 
     if not callable(scope) and not isinstance(scope, str):
         scope = _prefix(scope)
     if not callable(axis):
-        axis = _prefix(axis, is_leaf=_is_axes)
+        entries = _prefix(axis, is_leaf=_is_axes).entries
+        # NumPy's integers do not compare with tuples, and JAX compares what it caches on.
+        axis = Prefix(tuple((names, _as_ints(value)) for names, value in entries))
     if axis_name is not None and not callable(axis_name):
         axis_name = _as_names(axis_name)
     plan = Plan(caller, norm, scope, axis, axis_name)
@@ -107,14 +122,16 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
       TypeError: a leaf is neither floating nor complex.
       ValueError: labels, axes or kept axes do not fit the updates.
     """
-    flat, _ = tree_flatten_with_path(updates)
-    leaves = [x if _is_float0(x) else _as_inexact(plan, path, x) for path, x in flat]
+    flat = _flatten(updates)
+    paths, leaves = [path for path, _ in flat], [x for _, x in flat]
+    for path, x in flat:
+        _check_dtype(plan, path, x)
     _check_fit(plan, "axis", plan.axis, updates)
-    labels = _labels(plan, updates, [path for path, _ in flat])
+    labels = _labels(plan, updates, paths)
     groups: dict[Any, list[Member]] = {}
     names: dict[Any, str] = {}
-    kept: dict[Any, tuple[tuple[int, ...], KeyPath]] = {}
-    for index, ((path, _), x, label) in enumerate(zip(flat, leaves, labels, strict=True)):
+    kept: dict[Any, tuple[tuple[int, ...], Path]] = {}
+    for index, (path, x, label) in enumerate(zip(paths, leaves, labels, strict=True)):
         if _is_float0(x) or x.size == 0:
             continue
         axes = _axes(plan, path, x)
@@ -126,22 +143,22 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
                 f"{_show(first_path)} of the same group keeps {first_shape}. Leaves that share a "
                 "norm must keep equal axes: change axis, or give them different labels."
             )
-        names.setdefault(label, _join(path) if plan.scope == "leaf" else str(label))
+        names.setdefault(label, path.name if plan.scope == "leaf" else str(label))
         groups.setdefault(label, []).append(Member(index, axes, _mesh_axes(plan, path, x)))
     return leaves, [Group(names[label], tuple(members)) for label, members in groups.items()]
 
 
-def _labels(plan: Plan, updates: Any, paths: list[KeyPath]) -> list[Any]:
+def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[Any]:
     if isinstance(plan.scope, str):
         return ["global"] * len(paths) if plan.scope == "global" else list(range(len(paths)))
     labels = plan.scope if isinstance(plan.scope, Prefix) else _prefix(plan.scope(updates))
     _check_fit(plan, "scope", labels, updates)
-    found = [labels.find(_names(path)) for path in paths]
+    found = [labels.find(path.names) for path in paths]
     for path, (is_found, label) in zip(paths, found, strict=True):
         if not is_found:
             raise ValueError(
                 f"{plan.caller}: scope has no label for {_show(path)}, expected a pytree prefix "
-                f"of the updates, got labels at {[_join_names(p) for p, _ in labels.entries]}."
+                f"of the updates, got labels at {[_join(p) for p, _ in labels.entries]}."
             )
         if not isinstance(label, Hashable):
             raise TypeError(
@@ -156,26 +173,25 @@ def _check_fit(plan: Plan, argument: str, prefix: Any, updates: Any) -> None:
     if not isinstance(prefix, Prefix):
         return
     # Subtrees without leaves count: optax.masked puts them where others' leaves were.
-    flat, _ = tree_flatten_with_path(updates, is_leaf=lambda x: not jax.tree.leaves(x))
-    paths = [_names(path) for path, _ in flat]
+    paths = [path.names for path, _ in _flatten(updates, _is_empty)]
     for start, _ in prefix.entries:
         if not any(start[: len(p)] == p[: len(start)] for p in paths) and paths:
             raise ValueError(
-                f"{plan.caller}: {argument} has an entry at {_join_names(start)!r}, where the "
-                f"updates have none. They have {[_join_names(p) for p in paths]}."
+                f"{plan.caller}: {argument} has an entry at {_join(start)!r}, where the "
+                f"updates have none. They have {[_join(p) for p in paths]}."
             )
 
 
-def _axes(plan: Plan, path: KeyPath, x: jax.Array) -> tuple[int, ...]:
+def _axes(plan: Plan, path: Path, x: jax.Array) -> tuple[int, ...]:
     if isinstance(plan.axis, Prefix):
-        is_found, axes = plan.axis.find(_names(path))
+        is_found, axes = plan.axis.find(path.names)
         if not is_found:
             raise ValueError(
                 f"{plan.caller}: axis has no entry for {_show(path)}, expected a pytree prefix of "
                 "the updates. Add the entry; None stands for all axes."
             )
     else:
-        axes = plan.axis(_join(path), x)
+        axes = plan.axis(path.name, x)
     if axes is None:
         return tuple(range(x.ndim))
     if not _is_axes(axes):
@@ -186,9 +202,10 @@ def _axes(plan: Plan, path: KeyPath, x: jax.Array) -> tuple[int, ...]:
     given = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if not -x.ndim <= axis < x.ndim:
+            expected = f"{-x.ndim} to {x.ndim - 1}" if x.ndim else "None or ()"
             raise ValueError(
                 f"{plan.caller}: axis {axis} is out of range for {_show(path)} of shape {x.shape}, "
-                f"expected {-x.ndim} to {x.ndim - 1}. A callable axis can treat leaves differently."
+                f"expected {expected}. A callable axis can treat leaves differently."
             )
     resolved = tuple(sorted({operator.index(axis) % x.ndim for axis in given}))
     if len(resolved) < len(given):
@@ -199,10 +216,10 @@ def _axes(plan: Plan, path: KeyPath, x: jax.Array) -> tuple[int, ...]:
     return resolved
 
 
-def _mesh_axes(plan: Plan, path: KeyPath, x: jax.Array) -> tuple[Hashable, ...] | None:
+def _mesh_axes(plan: Plan, path: Path, x: jax.Array) -> tuple[Hashable, ...] | None:
     if not callable(plan.axis_name):
         return plan.axis_name
-    names = plan.axis_name(_join(path), x)
+    names = plan.axis_name(path.name, x)
     return None if names is None else _as_names(names)
 
 
@@ -210,17 +227,12 @@ def _as_names(names: Any) -> tuple[Hashable, ...]:
     return tuple(names) if isinstance(names, (tuple, list)) else (names,)
 
 
-def _as_inexact(plan: Plan, path: KeyPath, x: Any) -> jax.Array:
-    dtype = getattr(x, "dtype", None)
-    if dtype is None and isinstance(x, (bool, int, float, complex)):
-        dtype = np.result_type(x)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        got = f"is of type {type(x).__name__}" if dtype is None else f"has dtype {dtype}"
+def _check_dtype(plan: Plan, path: Path, x: jax.Array) -> None:
+    if not _is_float0(x) and not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{plan.caller}: {_show(path)} {got}, expected a floating or complex dtype. "
-            "Cast it, or leave it out with optax.masked."
+            f"{plan.caller}: {_show(path)} has dtype {x.dtype}, expected a floating or complex "
+            "dtype. Cast it, or leave it out with optax.masked."
         )
-    return jnp.asarray(x)
 
 
 def _is_float0(x: Any) -> bool:
@@ -231,29 +243,44 @@ def _is_axes(value: Any) -> bool:
     """Whether a value is the axes of one leaf, rather than a container of such values."""
     if value is None:
         return True
-    members = value if isinstance(value, tuple) else (value,)
+    members = value if type(value) is tuple else (value,)
     return all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in members)
 
 
+def _as_ints(axes: Any) -> Any:
+    if axes is None or not _is_axes(axes):
+        return axes
+    return tuple(map(operator.index, axes)) if isinstance(axes, tuple) else operator.index(axes)
+
+
+def _is_empty(tree: Any) -> bool:
+    return not jax.tree.leaves(tree)
+
+
 def _prefix(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Prefix:
+    return Prefix(tuple((path.names, value) for path, value in _flatten(tree, is_leaf)))
+
+
+def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
+    """The leaves of a tree with their paths."""
+    everything, _ = tree_flatten_with_path(
+        tree, is_leaf=lambda x: (is_leaf and is_leaf(x)) or _is_empty(x)
+    )
+    siblings = collections.Counter(keys[:-1] for keys, _ in everything)
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return Prefix(tuple((_names(path), value) for path, value in flat))
+    return [(Path(keys, _names(keys, siblings)), value) for keys, value in flat]
 
 
-def _names(path: KeyPath) -> tuple[str, ...]:
-    # NNX variables and Linen's boxed parameters add a last `.value` that no user wrote.
-    if path and path[-1] == GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(keystr((key,), simple=True) for key in path)
+def _names(keys: KeyPath, siblings: Mapping[KeyPath, int]) -> tuple[str, ...]:
+    # NNX variables and Linen's boxes put their one value behind a `.value` that no user wrote.
+    if keys and keys[-1] == GetAttrKey("value") and siblings[keys[:-1]] == 1:
+        keys = keys[:-1]
+    return tuple(keystr((key,), simple=True) for key in keys)
 
 
-def _join(path: KeyPath) -> str:
-    return _join_names(_names(path))
-
-
-def _join_names(names: tuple[str, ...]) -> str:
+def _join(names: tuple[str, ...]) -> str:
     return "/".join(names) or "updates"
 
 
-def _show(path: KeyPath) -> str:
-    return f"updates{keystr(path)}"
+def _show(path: Path) -> str:
+    return f"updates{keystr(path.keys)}"

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Literal
 
 import jax
 from jax import lax
 
-__all__ = ["axes_of", "reduce_over", "total_size"]
+__all__ = ["axes_of", "combine", "total_size"]
 
 
 def axes_of(x: jax.Array, mesh_axes: tuple[Hashable, ...] | None) -> tuple[Hashable, ...]:
@@ -28,31 +29,46 @@ def axes_of(x: jax.Array, mesh_axes: tuple[Hashable, ...] | None) -> tuple[Hasha
     return tuple(sorted(varying, key=str))
 
 
-def reduce_over(partials: Sequence[tuple[jax.Array, tuple[Hashable, ...]]], kind: str) -> jax.Array:
-    """Combines the partial results of a group's leaves within and across devices.
+def combine(
+    partials: Sequence[Sequence[tuple[jax.Array, tuple[Hashable, ...]]]],
+    kind: Literal["sum", "max"],
+) -> list[jax.Array]:
+    """Combines the partial results of each group's leaves within and across devices.
 
-    Leaves that are split over the same mesh axes are combined first, so that each set of axes costs
-    one collective.
+    All that is split over the same mesh axes travels together, so that each set of axes costs one
+    collective.
 
     Args:
-      partials: pairs of a partial result and the mesh axes over which it is still split.
-      kind: "sum" or "max".
+      partials: for each group, pairs of a partial result and the mesh axes over which it is still
+        split; within a group, all of one shape.
+      kind: how results are combined.
 
     Returns:
-      The combined result, the same on every device along those axes.
+      One result a group, the same on every device along those axes.
     """
-    combine, collective = (lax.max, lax.pmax) if kind == "max" else (lax.add, lax.psum)
-    by_axes: dict[tuple[Hashable, ...], jax.Array] = {}
-    for value, axes in partials:
-        by_axes[axes] = combine(by_axes[axes], value) if axes in by_axes else value
-    total = None
-    for axes, value in by_axes.items():
-        complete = collective(value, axes) if axes else value
-        total = complete if total is None else combine(total, complete)
-    assert total is not None, "a group has at least one member"
-    return total
+    collective = lax.pmax if kind == "max" else lax.psum
+    here: dict[tuple[Hashable, ...], dict[int, list[jax.Array]]] = {}
+    for group, pairs in enumerate(partials):
+        for value, axes in pairs:
+            here.setdefault(axes, {}).setdefault(group, []).append(value)
+    complete: list[list[jax.Array]] = [[] for _ in partials]
+    for axes, groups in here.items():
+        values = [_reduce(values, kind) for values in groups.values()]
+        for group, value in zip(groups, collective(values, axes) if axes else values, strict=True):
+            complete[group].append(value)
+    return [_reduce(values, kind) for values in complete]
 
 
 def total_size(axes: tuple[Hashable, ...]) -> int:
     """The number of devices along `axes`, each of which holds a part of the leaf."""
     return math.prod(lax.psum(1, axis) for axis in axes)
+
+
+def _reduce(values: Sequence[jax.Array], kind: str) -> jax.Array:
+    # Not a chain of additions, which XLA is slow to compile where there are thousands.
+    if len(values) == 1:
+        return values[0]
+
+    stacked = lax.concatenate([lax.expand_dims(value, (0,)) for value in values], 0)
+    stacked = lax.optimization_barrier(stacked)
+    return lax.reduce_max(stacked, (0,)) if kind == "max" else lax.reduce_sum(stacked, (0,))

@@ -1,7 +1,8 @@
 """The four norms: a reduction that neither overflows nor underflows, its finish, its derivative."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,17 +13,30 @@ from jax import lax
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group, Member
 
-__all__ = ["ScaledNorm", "divide", "group_norms"]
+__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
 
 
 class ScaledNorm(NamedTuple):
-    """A group's norm as `value / factor`, so that a norm beyond the dtype's range is still held.
+    """A norm as `value / factor`, so that one beyond the dtype's range is still held.
 
-    `factor` is 1 unless the norm's square is huge. Both have the shape of the kept axes.
+    `factor` is 1 unless the norm's square is huge.
     """
 
     value: jax.Array
     factor: jax.Array
+
+
+class Divisor(NamedTuple):
+    """A norm to divide by: times `factor`, over `value`.
+
+    `inverse` says both in one number: 1 / value, 0 where `factor` is 0, and negative where it is
+    less than 1. Made by a division after all other arithmetic, it is all that XLA's loop over a
+    leaf waits for; a loop that reads two numbers takes a fifth longer on CPU.
+    """
+
+    value: jax.Array
+    factor: jax.Array
+    inverse: jax.Array
 
 
 class _Range(NamedTuple):
@@ -73,111 +87,169 @@ def group_norms(
     def _(primals, tangents):
         (leaves,), (slopes,) = primals, tangents
         norms = values(leaves)
-        return norms, [
-            ScaledNorm(_slope(norm, group, by, leaves, slopes), jnp.zeros_like(by.factor))
-            for group, by in zip(groups, norms, strict=True)
-        ]
+        along = _slopes(norm, groups, norms, leaves, slopes)
+        return norms, [ScaledNorm(slope, jnp.zeros_like(slope)) for slope in along]
 
     return values(leaves)
 
 
-def divide(x: jax.Array, by: ScaledNorm, axes: tuple[int, ...]) -> jax.Array:
-    """One leaf over its norm, in the norm's dtype, rounded once to the leaf's; 0 where it is 0."""
-    usable = by.value != 0
-    value = jnp.expand_dims(jnp.where(usable, by.value, 1), axes)
-    factor = jnp.expand_dims(jnp.where(usable, by.factor, 0), axes)
-    parts = [part * factor / value for part in _parts(x, by.value.dtype)]
-    return (lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype)
+def divisor(by: ScaledNorm) -> Divisor:
+    """Prepares to divide by a norm; dividing by 0 gives 0."""
+    is_zero = by.value == 0
+    value = jnp.where(is_zero, 1, by.value)
+    factor = jnp.where(is_zero, 0, by.factor)
+    sign = jnp.where(is_zero, 0, jnp.where(by.factor < 1, -1, 1)).astype(value.dtype)
+    return Divisor(value, factor, sign / value)
+
+
+def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...]) -> jax.Array:
+    """One leaf over its norm, in the norm's dtype, rounded once to the leaf's.
+
+    Args:
+      x: the leaf.
+      by: its norm.
+      axes: the axes of `x` over which the norm ran.
+
+    Returns:
+      The quotient, of the leaf's shape and dtype.
+    """
+    parts = _parts(x, by.value.dtype)
+    if x.size == 1:
+        # A number over its own magnitude is exactly 1.
+        value, factor = lax.expand_dims(by.value, axes), lax.expand_dims(by.factor, axes)
+        parts = [lax.div(lax.mul(part, factor), value) for part in parts]
+    else:
+        is_huge = lax.lt(by.inverse, lax.full_like(by.inverse, 0))
+        factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(by.inverse.dtype)
+        factor, inverse = lax.expand_dims(factor, axes), lax.expand_dims(abs(by.inverse), axes)
+        parts = [lax.mul(lax.mul(part, factor), inverse) for part in parts]
+    return lax.convert_element_type(_join(parts), x.dtype)
 
 
 def _safe_norms(
     norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
 ) -> list[ScaledNorm]:
-    partials = [_partials(norm, group, leaves) for group in groups]
-    sums = [_combine(norm, g, p) for g, p in zip(groups, partials, strict=True)]
+    if not groups:
+        return []
     counts = [_count(group, leaves) for group in groups]
-    scales = [_scale(norm, total, n) for total, n in zip(sums, counts, strict=True)]
+    sums = _sums(norm, groups, leaves)
+    scales = [_scale(norm, total, count) for total, count in zip(sums, counts, strict=True)]
 
-    def keep(leaves, partials, sums, scales):
-        del leaves, partials, scales
-        return sums
+    def retake(batches, leaves, sums, scales):
+        totals = {}
+        for batch in batches:
+            used = {member.leaf for i in batch for member in groups[i].members}
+            chosen = lax.cond(
+                _all_safe(norm, [sums[i] for i in batch], [counts[i] for i in batch]),
+                lambda leaves, sums, scales: sums,
+                lambda leaves, sums, scales, b=batch: _sums(
+                    norm, [groups[i] for i in b], leaves, scales
+                ),
+                [x if i in used else None for i, x in enumerate(leaves)],
+                [sums[i] for i in batch],
+                [scales[i] for i in batch],
+            )
+            totals.update(zip(batch, chosen, strict=True))
+        return [totals[i] for i in range(len(groups))]
 
-    def again(leaves, partials, sums, scales):
-        redone = [
-            _combine(norm, group, _rescale(norm, group, leaves, old, scale))
-            for group, old, scale in zip(groups, partials, scales, strict=True)
-        ]
-        return [
-            jnp.where(scale == 1, total, new)
-            for total, new, scale in zip(sums, redone, scales, strict=True)
-        ]
-
-    # One check for all groups, and only norms as its result: no temporary the size of a leaf.
-    unsafe = jnp.stack([jnp.any(scale != 1) for scale in scales])
-    sums = lax.cond(jnp.any(unsafe), again, keep, list(leaves), partials, sums, scales)
+    # On GPU every check is a wait for the device. On CPU a check for several leaves waits for all
+    # their norms, and a large leaf has left the cache when it is scaled.
+    totals = lax.platform_dependent(
+        list(leaves),
+        sums,
+        scales,
+        cpu=functools.partial(retake, [[i] for i in range(len(groups))]),
+        default=functools.partial(retake, _batches(groups, leaves)),
+    )
     norms = []
-    for total, count, scale in zip(sums, counts, scales, strict=True):
-        factor = jnp.where(scale < 1, _HUGE_FACTOR, 1).astype(scale.dtype)
-        norms.append(ScaledNorm(_finish(norm, total, count) * (factor / scale), factor))
+    for total, count, scale in zip(totals, counts, scales, strict=True):
+        safe = _RANGES[total.dtype]
+        one = lax.full_like(scale, 1)
+        is_huge = lax.lt(scale, one)
+        factor = lax.select(is_huge, lax.full_like(scale, _HUGE_FACTOR), one)
+        undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
+        undo_up = lax.full_like(scale, 1 / safe.up)
+        undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
+        norms.append(ScaledNorm(lax.mul(_finish(norm, total, count), undo), factor))
     return norms
 
 
-def _partials(norm: str, group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    dtype = _accumulator(group, leaves)
-    return [_partial(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
+def _sums(
+    norm: str,
+    groups: Sequence[Group],
+    leaves: Sequence[jax.Array],
+    scales: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Each group's sum of squares or of absolute values, or its maximum, after times `scales`."""
+    partials = []
+    for i, group in enumerate(groups):
+        dtype = _accumulator(group, leaves)
+        scale = None if scales is None else scales[i]
+        values = [_partial(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
+        partials.append(_with_axes(group, values))
+    return mesh.combine(partials, "max" if norm == "linf" else "sum")
 
 
 def _partial(
-    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | None = None
+    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | None
 ) -> jax.Array:
-    """One leaf's sum of squares or of absolute values, or its maximum, after times `scale`."""
     parts = _parts(x, dtype)
     if scale is not None:
-        parts = [part * jnp.expand_dims(scale, axes) for part in parts]
+        # Tied to the leaf, for leaves of one shape that shared a scale would also share its
+        # broadcast: a temporary of their size.
+        own, _ = lax.optimization_barrier((scale, x))
+        parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
     if norm in ("l2", "rms"):
-        return jnp.sum(sum((part * part for part in parts[1:]), parts[0] * parts[0]), axis=axes)
-    sizes = jnp.abs(lax.complex(*parts) if len(parts) == 2 else parts[0])
-    return jnp.max(sizes, axis=axes) if norm == "linf" else jnp.sum(sizes, axis=axes)
+        squares = [lax.mul(part, part) for part in parts]
+        return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
+    reduce = lax.reduce_max if norm == "linf" else lax.reduce_sum
+    return reduce(lax.abs(_join(parts)), axes)
 
 
-def _rescale(
-    norm: str,
-    group: Group,
-    leaves: Sequence[jax.Array],
-    partials: Sequence[jax.Array],
-    scale: jax.Array,
-) -> list[jax.Array]:
-    """The partial results of a group's leaves, taken again and brought to the group's scale.
-
-    Each leaf is read at a scale of its own, for leaves of one shape that shared a scale would also
-    share its broadcast: a temporary of their size.
-    """
-    redone = []
-    for member, partial in zip(group.members, partials, strict=True):
-        x = leaves[member.leaf]
-        own = _scale(norm, partial, math.prod(x.shape[axis] for axis in member.axes))
-        to_group = scale / own
-        new = _partial(norm, x, member.axes, partial.dtype, own) * to_group
-        redone.append(new * to_group if norm in ("l2", "rms") else new)
-    return redone
+def _with_axes(
+    group: Group, values: Sequence[jax.Array]
+) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
+    pairs = zip(values, group.members, strict=True)
+    return [(value, mesh.axes_of(value, member.mesh_axes)) for value, member in pairs]
 
 
-def _combine(norm: str, group: Group, partials: Sequence[jax.Array]) -> jax.Array:
-    axes = [
-        mesh.axes_of(partial, member.mesh_axes)
-        for member, partial in zip(group.members, partials, strict=True)
-    ]
-    pairs = list(zip(partials, axes, strict=True))
-    return mesh.reduce_over(pairs, "max" if norm == "linf" else "sum")
+def _batches(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[list[int]]:
+    """Groups that cross the same mesh axes: devices must agree on what they do together."""
+    batches: dict[frozenset[Hashable], list[int]] = {}
+    for i, group in enumerate(groups):
+        axes = [mesh.axes_of(leaves[m.leaf], m.mesh_axes) for m in group.members]
+        batches.setdefault(frozenset().union(*axes), []).append(i)
+    return list(batches.values())
+
+
+def _all_safe(norm: str, sums: Sequence[jax.Array], counts: Sequence[int]) -> jax.Array:
+    """Whether no sum must be taken again. Numbers are stacked, or XLA compiles for minutes."""
+    stacks: dict[object, list[tuple[jax.Array, int]]] = {}
+    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+        stacks.setdefault(i if total.ndim else total.dtype, []).append((total, count))
+    checks = []
+    for pairs in stacks.values():
+        total = jnp.stack([total for total, _ in pairs])
+        count = np.reshape([count for _, count in pairs], (-1, *(1,) * (total.ndim - 1)))
+        floor, ceiling = _limits(norm, total.dtype, count)
+        checks.append(jnp.all((total >= floor) & (total <= ceiling)))
+    return functools.reduce(lax.bitwise_and, checks)
 
 
 def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
     """The power of two at which to take `total` again, 1 where it is good as it is."""
     safe = _RANGES[total.dtype]
-    # Only squares underflow. NaN is not below the floor and goes the way of what is too large.
+    floor, ceiling = _limits(norm, total.dtype, count)
+    up, one, down = (lax.full_like(total, choice) for choice in (safe.up, 1, safe.down))
+    # NaN is not below the floor and goes the way of what is too large.
+    return jnp.where(total < floor, up, lax.select(total <= ceiling, one, down))
+
+
+def _limits(norm: str, dtype: np.dtype, count: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    safe = _RANGES[dtype]
+    # Only squares underflow.
     floor = count * safe.tiny if norm in ("l2", "rms") else 0.0
-    scale = jnp.where(total < floor, safe.up, jnp.where(total <= safe.huge, 1, safe.down))
-    return scale.astype(total.dtype)
+    return np.asarray(floor, dtype), np.asarray(safe.huge, dtype)
 
 
 def _finish(norm: str, total: jax.Array, count: int) -> jax.Array:
@@ -188,39 +260,43 @@ def _finish(norm: str, total: jax.Array, count: int) -> jax.Array:
     return total
 
 
-def _slope(
+def _slopes(
     norm: str,
-    group: Group,
-    by: ScaledNorm,
+    groups: Sequence[Group],
+    norms: Sequence[ScaledNorm],
     leaves: Sequence[jax.Array],
     slopes: Sequence[jax.Array],
-) -> jax.Array:
-    """The derivative of `by.value` along `slopes`: the group's sum of dual * slope."""
-    dtype = by.value.dtype
+) -> list[jax.Array]:
+    """The derivative of each group's value along `slopes`: its sum of dual * slope."""
     partials, ties = [], []
-    for member in group.members:
-        x = leaves[member.leaf]
-        x = x.astype(jnp.promote_types(x.dtype, dtype))
-        if norm in ("l2", "rms"):
-            dual = _parts(divide(x, by, member.axes), dtype)
-        else:
-            dual = _parts(jnp.sign(x), dtype)
-        if norm == "linf":
-            largest = jnp.expand_dims(by.value / by.factor, member.axes)
-            hit = (jnp.abs(x) == largest).astype(dtype)
-            dual = [part * hit for part in dual]
-            count = jnp.sum(hit, axis=member.axes)
-            ties.append((count, mesh.axes_of(count, member.mesh_axes)))
-        along = _parts(slopes[member.leaf], dtype)
-        products = [d * s for d, s in zip(dual, along, strict=True)]
-        partial = jnp.sum(sum(products[1:], products[0]), axis=member.axes)
-        partials.append((partial, mesh.axes_of(partial, member.mesh_axes)))
-    slope = mesh.reduce_over(partials, "sum") * by.factor
-    if norm == "rms":
-        return slope / _count(group, leaves)
+    for group, by in zip(groups, norms, strict=True):
+        dtype = by.value.dtype
+        sums, hits = [], []
+        for member in group.members:
+            x = leaves[member.leaf]
+            x = x.astype(jnp.promote_types(x.dtype, dtype))
+            if norm in ("l2", "rms"):
+                dual = _parts(divide(x, divisor(by), member.axes), dtype)
+            else:
+                dual = _parts(jnp.sign(x), dtype)
+            if norm == "linf":
+                largest = jnp.expand_dims(by.value / by.factor, member.axes)
+                hit = (jnp.abs(x) == largest).astype(dtype)
+                dual = [part * hit for part in dual]
+                hits.append(jnp.sum(hit, axis=member.axes))
+            along = _parts(slopes[member.leaf], dtype)
+            products = [d * s for d, s in zip(dual, along, strict=True)]
+            sums.append(jnp.sum(sum(products[1:], products[0]), axis=member.axes))
+        partials.append(_with_axes(group, sums))
+        ties.append(_with_axes(group, hits) if hits else [])
+    totals = mesh.combine(partials, "sum")
     if norm == "linf":
-        return slope / mesh.reduce_over(ties, "sum")
-    return slope
+        shares = mesh.combine(ties, "sum")
+    else:
+        shares = [_count(group, leaves) if norm == "rms" else 1 for group in groups]
+    return [
+        total * by.factor / share for total, by, share in zip(totals, norms, shares, strict=True)
+    ]
 
 
 def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
@@ -229,8 +305,12 @@ def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
 
 
 def _parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    return [part.astype(dtype) for part in parts]
+    parts = [lax.real(x), lax.imag(x)] if jnp.iscomplexobj(x) else [x]
+    return [lax.convert_element_type(part, dtype) for part in parts]
+
+
+def _join(parts: Sequence[jax.Array]) -> jax.Array:
+    return lax.complex(*parts) if len(parts) == 2 else parts[0]
 
 
 def _count(group: Group, leaves: Sequence[jax.Array]) -> int:

@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import ScaledNorm, divide, group_norms
+from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
 
 __all__ = ["unit_scale"]
 
@@ -58,8 +58,8 @@ def unit_scale(
       sharding of every leaf; None, `optax.MaskedNode`, `float0` and empty leaves pass through.
 
     Raises:
-      TypeError: a leaf is neither floating nor complex; `axis` is traced or not integers; an
-        argument cannot be hashed.
+      TypeError: a leaf is neither floating nor complex; `axis` is traced or not integers;
+        `min_norm` is not a real number; an argument cannot be hashed.
       ValueError: `norm`, `scope` or `min_norm` is unknown or out of range, or labels or axes do not
         fit the updates.
 
@@ -104,26 +104,28 @@ def unit_scale(
 @functools.partial(jax.jit, static_argnames="plan", inline=True)
 def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
-    norms = group_norms(plan.norm, groups, leaves)
     scaled = list(leaves)
-    for group, measured in zip(groups, norms, strict=True):
-        floor = jnp.asarray(min_norm).astype(measured.value.dtype) * measured.factor
-        # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-        value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
-        by = ScaledNorm(jnp.maximum(value, floor), measured.factor)
+    for group, measured in zip(groups, group_norms(plan.norm, groups, leaves), strict=True):
+        by = divisor(_at_least(min_norm, measured))
         for member in group.members:
             scaled[member.leaf] = divide(leaves[member.leaf], by, member.axes)
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)
 
 
+def _at_least(min_norm: jax.typing.ArrayLike, measured: ScaledNorm) -> ScaledNorm:
+    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * measured.factor
+    # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
+    value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
+    return ScaledNorm(jnp.maximum(value, floor), measured.factor)
+
+
 def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
-    if jnp.shape(min_norm) != ():
-        raise ValueError(
-            f"unit_scale: min_norm has shape {jnp.shape(min_norm)}, expected a scalar."
-        )
-    if isinstance(min_norm, Tracer):
-        return
-    if not 0 <= np.asarray(min_norm) < np.inf:
+    dtype = min_norm.dtype if isinstance(min_norm, jax.Array) else np.asarray(min_norm).dtype
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"unit_scale: min_norm is {min_norm!r}, expected a real number.")
+    if np.shape(min_norm) != ():
+        raise ValueError(f"unit_scale: min_norm has shape {np.shape(min_norm)}, expected a scalar.")
+    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm) < np.inf:
         raise ValueError(
             f"unit_scale: min_norm is {min_norm}, expected a finite number of 0 or more."
         )
