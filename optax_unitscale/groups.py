@@ -266,14 +266,17 @@ def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tu
     everything, _ = tree_flatten_with_path(
         tree, is_leaf=lambda x: (is_leaf and is_leaf(x)) or _is_empty(x)
     )
-    siblings = collections.Counter(keys[:-1] for keys, _ in everything)
+    children: dict[KeyPath, set[Any]] = collections.defaultdict(set)
+    for keys, _ in everything:
+        for depth, key in enumerate(keys):
+            children[keys[:depth]].add(key)
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(Path(keys, _names(keys, siblings)), value) for keys, value in flat]
+    return [(Path(keys, _names(keys, children)), value) for keys, value in flat]
 
 
-def _names(keys: KeyPath, siblings: Mapping[KeyPath, int]) -> tuple[str, ...]:
+def _names(keys: KeyPath, children: Mapping[KeyPath, set[Any]]) -> tuple[str, ...]:
     # NNX variables and Linen's boxes put their one value behind a `.value` that no user wrote.
-    if keys and keys[-1] == GetAttrKey("value") and siblings[keys[:-1]] == 1:
+    if keys and keys[-1] == GetAttrKey("value") and len(children[keys[:-1]]) == 1:
         keys = keys[:-1]
     return tuple(keystr((key,), simple=True) for key in keys)
 

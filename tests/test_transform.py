@@ -1,5 +1,6 @@
 """The contract of the transformation: what it keeps, what it compiles, where it may stand."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import oracle
 import pytest
 from jax import lax
 
-from optax_unitscale import unit_scale
+from optax_unitscale import gradient_norms, unit_scale
 
 NORMS = ["l2", "rms", "l1", "linf"]
 EMPTY = optax.EmptyState()
@@ -152,23 +153,6 @@ def test_below_min_norm_the_derivative_is_that_of_a_division_by_it():
         np.testing.assert_array_equal(np.asarray(jacobian(point)), np.eye(3) / 8)
 
 
-@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
-@pytest.mark.parametrize("floor", [-1.0, np.nan, np.inf, -np.inf])
-def test_min_norm_outside_its_range_is_refused(floor, kind):
-    text = rf"unit_scale: min_norm is {floor}, expected a finite number of 0 or more"
-    with pytest.raises(ValueError, match=text):
-        unit_scale(min_norm=kind(floor))
-
-
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
-def test_min_norm_that_is_no_scalar_is_refused(kind):
-    floor = kind(np.ones((2, 1), np.float32))
-    with pytest.raises(ValueError, match=r"min_norm has shape \(2, 1\), expected a scalar"):
-        unit_scale(min_norm=floor)
-    with pytest.raises(ValueError, match=r"min_norm has shape \(2, 1\), expected a scalar"):
-        jax.jit(lambda m: scaled(jnp.ones(3), min_norm=m))(floor)
-
-
 @pytest.mark.parametrize(("norm", "scope"), [("l2", "leaf"), ("linf", "leaf"), ("l2", "global")])
 def test_what_holds_no_elements_passes_through(norm, scope):
     tree = {
@@ -186,6 +170,23 @@ def test_what_holds_no_elements_passes_through(norm, scope):
     for name, before in tree.items():
         if name in ("no elements", "float0"):
             assert (result[name].shape, result[name].dtype) == (before.shape, before.dtype)
+
+
+@pytest.mark.parametrize("tree", [{}, None, {"a": None}, [jnp.zeros((0, 2))], optax.MaskedNode()])
+def test_a_tree_without_elements_comes_back_as_it_was(tree):
+    for scope in ("leaf", "global", lambda updates: jax.tree.map(lambda _: "x", updates)):
+        result = scaled(tree, scope=scope)
+        assert jax.tree.structure(result) == jax.tree.structure(tree)
+        assert gradient_norms(tree, scope=scope) == {}
+
+
+def test_masking_everything_out_changes_nothing():
+    gradients = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([2.0])}
+    masked = optax.masked(unit_scale(), dict.fromkeys(gradients, False))
+    assert masked.update(gradients, masked.init(gradients))[0] == gradients
+    parts: dict[Hashable, Any] = {"x": unit_scale(), "y": optax.identity()}
+    partition = optax.partition(parts, dict.fromkeys(gradients, "y"))
+    assert partition.update(gradients, partition.init(gradients))[0] == gradients
 
 
 @pytest.mark.parametrize("norm", NORMS)
