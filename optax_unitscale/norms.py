@@ -1,17 +1,22 @@
-"""The four norms: a reduction that neither overflows nor underflows, its finish, its derivative."""
+"""The four norms: from a sum to a norm, its derivative, and the division by it."""
 
-import functools
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
-from optax_unitscale.groups import Group, Member
+from optax_unitscale.groups import Group
+from optax_unitscale.sums import (
+    RANGES,
+    complex_of,
+    count,
+    real_parts,
+    safe_sums,
+    with_mesh_axes,
+)
 
 __all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
 
@@ -39,25 +44,6 @@ class Divisor(NamedTuple):
     inverse: jax.Array
 
 
-class _Range(NamedTuple):
-    """The safe range of a sum, and the powers of two at which one outside it is taken again.
-
-    Below `tiny` per element, squares that were flushed to zero can matter at the dtype's precision:
-    `tiny` is smallest normal / epsilon. Above `huge`, the reciprocal of the sum, by which XLA may
-    multiply instead of dividing, is near to being flushed. `up` lifts the squares of all that is
-    so small into the range; `down` brings those of all that is finite into it.
-    """
-
-    tiny: float
-    huge: float
-    up: float
-    down: float
-
-
-_RANGES = {
-    np.dtype(np.float32): _Range(2.0**-102, 2.0**120, 2.0**80, 2.0**-100),
-    np.dtype(np.float64): _Range(2.0**-969, 2.0**1016, 2.0**600, 2.0**-600),
-}
 _HUGE_FACTOR = 2.0**-40
 
 
@@ -81,7 +67,7 @@ def group_norms(
 
     @jax.custom_jvp
     def values(leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
-        return _safe_norms(norm, groups, leaves)
+        return _norms(norm, groups, leaves)
 
     @values.defjvp
     def _(primals, tangents):
@@ -113,7 +99,7 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...]) -> jax.Array:
     Returns:
       The quotient, of the leaf's shape and dtype.
     """
-    parts = _parts(x, by.value.dtype)
+    parts = real_parts(x, by.value.dtype)
     if x.size == 1:
         # A number over its own magnitude is exactly 1.
         value, factor = lax.expand_dims(by.value, axes), lax.expand_dims(by.factor, axes)
@@ -123,133 +109,22 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...]) -> jax.Array:
         factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(by.inverse.dtype)
         factor, inverse = lax.expand_dims(factor, axes), lax.expand_dims(abs(by.inverse), axes)
         parts = [lax.mul(lax.mul(part, factor), inverse) for part in parts]
-    return lax.convert_element_type(_join(parts), x.dtype)
+    return lax.convert_element_type(complex_of(parts), x.dtype)
 
 
-def _safe_norms(
-    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
-) -> list[ScaledNorm]:
-    if not groups:
-        return []
-    counts = [_count(group, leaves) for group in groups]
-    sums = _sums(norm, groups, leaves)
-    scales = [_scale(norm, total, count) for total, count in zip(sums, counts, strict=True)]
-
-    def retake(batches, leaves, sums, scales):
-        totals = {}
-        for batch in batches:
-            used = {member.leaf for i in batch for member in groups[i].members}
-            chosen = lax.cond(
-                _all_safe(norm, [sums[i] for i in batch], [counts[i] for i in batch]),
-                lambda leaves, sums, scales: sums,
-                lambda leaves, sums, scales, b=batch: _sums(
-                    norm, [groups[i] for i in b], leaves, scales
-                ),
-                [x if i in used else None for i, x in enumerate(leaves)],
-                [sums[i] for i in batch],
-                [scales[i] for i in batch],
-            )
-            totals.update(zip(batch, chosen, strict=True))
-        return [totals[i] for i in range(len(groups))]
-
-    # On GPU every check is a wait for the device. On CPU a check for several leaves waits for all
-    # their norms, and a large leaf has left the cache when it is scaled.
-    totals = lax.platform_dependent(
-        list(leaves),
-        sums,
-        scales,
-        cpu=functools.partial(retake, [[i] for i in range(len(groups))]),
-        default=functools.partial(retake, _batches(groups, leaves)),
-    )
+def _norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
     norms = []
-    for total, count, scale in zip(totals, counts, scales, strict=True):
-        safe = _RANGES[total.dtype]
+    for group, (total, scale) in zip(groups, safe_sums(norm, groups, leaves), strict=True):
+        safe = RANGES[total.dtype]
         one = lax.full_like(scale, 1)
         is_huge = lax.lt(scale, one)
         factor = lax.select(is_huge, lax.full_like(scale, _HUGE_FACTOR), one)
+        # factor / scale, but a division here would cut XLA's fusion of all this in two.
         undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
         undo_up = lax.full_like(scale, 1 / safe.up)
         undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
-        norms.append(ScaledNorm(lax.mul(_finish(norm, total, count), undo), factor))
+        norms.append(ScaledNorm(lax.mul(_finish(norm, total, count(group, leaves)), undo), factor))
     return norms
-
-
-def _sums(
-    norm: str,
-    groups: Sequence[Group],
-    leaves: Sequence[jax.Array],
-    scales: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
-    """Each group's sum of squares or of absolute values, or its maximum, after times `scales`."""
-    partials = []
-    for i, group in enumerate(groups):
-        dtype = _accumulator(group, leaves)
-        scale = None if scales is None else scales[i]
-        values = [_partial(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
-        partials.append(_with_axes(group, values))
-    return mesh.combine(partials, "max" if norm == "linf" else "sum")
-
-
-def _partial(
-    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | None
-) -> jax.Array:
-    parts = _parts(x, dtype)
-    if scale is not None:
-        # Tied to the leaf, for leaves of one shape that shared a scale would also share its
-        # broadcast: a temporary of their size.
-        own, _ = lax.optimization_barrier((scale, x))
-        parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
-    if norm in ("l2", "rms"):
-        squares = [lax.mul(part, part) for part in parts]
-        return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
-    reduce = lax.reduce_max if norm == "linf" else lax.reduce_sum
-    return reduce(lax.abs(_join(parts)), axes)
-
-
-def _with_axes(
-    group: Group, values: Sequence[jax.Array]
-) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
-    pairs = zip(values, group.members, strict=True)
-    return [(value, mesh.axes_of(value, member.mesh_axes)) for value, member in pairs]
-
-
-def _batches(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[list[int]]:
-    """Groups that cross the same mesh axes: devices must agree on what they do together."""
-    batches: dict[frozenset[Hashable], list[int]] = {}
-    for i, group in enumerate(groups):
-        axes = [mesh.axes_of(leaves[m.leaf], m.mesh_axes) for m in group.members]
-        batches.setdefault(frozenset().union(*axes), []).append(i)
-    return list(batches.values())
-
-
-def _all_safe(norm: str, sums: Sequence[jax.Array], counts: Sequence[int]) -> jax.Array:
-    """Whether no sum must be taken again. Numbers are stacked, or XLA compiles for minutes."""
-    stacks: dict[object, list[tuple[jax.Array, int]]] = {}
-    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
-        stacks.setdefault(i if total.ndim else total.dtype, []).append((total, count))
-    checks = []
-    for pairs in stacks.values():
-        total = jnp.stack([total for total, _ in pairs])
-        count = np.reshape([count for _, count in pairs], (-1, *(1,) * (total.ndim - 1)))
-        floor, ceiling = _limits(norm, total.dtype, count)
-        checks.append(jnp.all((total >= floor) & (total <= ceiling)))
-    return functools.reduce(lax.bitwise_and, checks)
-
-
-def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
-    """The power of two at which to take `total` again, 1 where it is good as it is."""
-    safe = _RANGES[total.dtype]
-    floor, ceiling = _limits(norm, total.dtype, count)
-    up, one, down = (lax.full_like(total, choice) for choice in (safe.up, 1, safe.down))
-    # NaN is not below the floor and goes the way of what is too large.
-    return jnp.where(total < floor, up, lax.select(total <= ceiling, one, down))
-
-
-def _limits(norm: str, dtype: np.dtype, count: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    safe = _RANGES[dtype]
-    # Only squares underflow.
-    floor = count * safe.tiny if norm in ("l2", "rms") else 0.0
-    return np.asarray(floor, dtype), np.asarray(safe.huge, dtype)
 
 
 def _finish(norm: str, total: jax.Array, count: int) -> jax.Array:
@@ -276,48 +151,24 @@ def _slopes(
             x = leaves[member.leaf]
             x = x.astype(jnp.promote_types(x.dtype, dtype))
             if norm in ("l2", "rms"):
-                dual = _parts(divide(x, divisor(by), member.axes), dtype)
+                dual = real_parts(divide(x, divisor(by), member.axes), dtype)
             else:
-                dual = _parts(jnp.sign(x), dtype)
+                dual = real_parts(jnp.sign(x), dtype)
             if norm == "linf":
                 largest = jnp.expand_dims(by.value / by.factor, member.axes)
                 hit = (jnp.abs(x) == largest).astype(dtype)
                 dual = [part * hit for part in dual]
                 hits.append(jnp.sum(hit, axis=member.axes))
-            along = _parts(slopes[member.leaf], dtype)
+            along = real_parts(slopes[member.leaf], dtype)
             products = [d * s for d, s in zip(dual, along, strict=True)]
             sums.append(jnp.sum(sum(products[1:], products[0]), axis=member.axes))
-        partials.append(_with_axes(group, sums))
-        ties.append(_with_axes(group, hits) if hits else [])
+        partials.append(with_mesh_axes(group, sums))
+        ties.append(with_mesh_axes(group, hits) if hits else [])
     totals = mesh.combine(partials, "sum")
     if norm == "linf":
         shares = mesh.combine(ties, "sum")
     else:
-        shares = [_count(group, leaves) if norm == "rms" else 1 for group in groups]
+        shares = [count(group, leaves) if norm == "rms" else 1 for group in groups]
     return [
         total * by.factor / share for total, by, share in zip(totals, norms, shares, strict=True)
     ]
-
-
-def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
-    dtypes = {jnp.finfo(leaves[member.leaf].dtype).dtype for member in group.members}
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-
-
-def _parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    parts = [lax.real(x), lax.imag(x)] if jnp.iscomplexobj(x) else [x]
-    return [lax.convert_element_type(part, dtype) for part in parts]
-
-
-def _join(parts: Sequence[jax.Array]) -> jax.Array:
-    return lax.complex(*parts) if len(parts) == 2 else parts[0]
-
-
-def _count(group: Group, leaves: Sequence[jax.Array]) -> int:
-    """The number of elements that share each norm of the group, on all devices."""
-    return sum(_elements(leaves[member.leaf], member) for member in group.members)
-
-
-def _elements(x: jax.Array, member: Member) -> int:
-    here = math.prod(x.shape[axis] for axis in member.axes)
-    return here * mesh.total_size(mesh.axes_of(x, member.mesh_axes))
