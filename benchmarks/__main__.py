@@ -13,6 +13,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model with several optimizers and compare them",
     "range": "show at which magnitudes normalised gradients have norm 1",
+    "speed": "time unit_scale against the naive division and Optax",
 }
 
 
