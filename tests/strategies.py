@@ -1,7 +1,7 @@
 """Random gradients and groups, for Hypothesis.
 
-Elements are zero or in their dtype's normal range, around powers of two of which the lowest and the
-highest are drawn as often as all others together.
+Elements are zero or in their dtype's normal range, around powers of two of which the outermost, and
+those whose squares are, are drawn as often as all others together.
 """
 
 import math
@@ -54,8 +54,12 @@ def parts(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     finfo = jnp.finfo(dtype)
     lowest, highest = int(finfo.minexp), int(finfo.maxexp) - 1
     ends = [lowest, lowest + 1, highest - 1, highest]
-    middle = draw(st.sampled_from([0, *ends]) | st.integers(lowest, highest))
-    spread = draw(st.sampled_from([0, 1, 12, 30, highest]))
+    # Half the exponent is where squares leave the range, and where some of a sum's are lost.
+    squares = st.integers(lowest // 2, lowest // 2 + 12) | st.integers(
+        highest // 2 - 4, highest // 2
+    )
+    middle = draw(st.sampled_from([0, *ends]) | squares | st.integers(lowest, highest))
+    spread = draw(st.sampled_from([0, 1, 5, 12, 30, highest]))
     share_of_zeros = draw(st.sampled_from([0.0, 0.0, 0.5, 0.9, 1.0]))
     # Powers of two, numbers just below the next one, and all between.
     mantissa = draw(st.sampled_from([0.0, 1.0, None]))
