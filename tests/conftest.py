@@ -7,6 +7,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# For the tests of sharding; the others use the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture
