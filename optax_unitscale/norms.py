@@ -1,5 +1,6 @@
 """The four norms: from a sum to a norm, its derivative, and the division by it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from optax_unitscale.sums import (
     with_mesh_axes,
 )
 
-__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
+__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms", "root"]
 
 
 class ScaledNorm(NamedTuple):
@@ -57,13 +58,15 @@ def group_norms(
     The derivative is that of the norm, and 0 where the norm is 0.
 
     Args:
-      norm: "l2", "rms", "l1" or "linf".
+      norm: "l2", "l1" or "linf"; or "rms", whose l2 norm is returned, for the rms itself can be
+        below the dtype's range. The caller divides by `root`.
       groups: from `groups.assign`.
       leaves: the arrays that the groups' members index.
 
     Returns:
       One `ScaledNorm` a group.
     """
+    norm = "l2" if norm == "rms" else norm
 
     @jax.custom_jvp
     def values(leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
@@ -79,6 +82,11 @@ def group_norms(
     return values(leaves)
 
 
+def root(norm: str, group: Group, leaves: Sequence[jax.Array]) -> float:
+    """The ratio of what `group_norms` measures to the norm: √n for the rms of n elements."""
+    return math.sqrt(count(group, leaves)) if norm == "rms" else 1.0
+
+
 def divisor(by: ScaledNorm) -> Divisor:
     """Prepares to divide by a norm; dividing by 0 gives 0."""
     is_zero = by.value == 0
@@ -88,33 +96,39 @@ def divisor(by: ScaledNorm) -> Divisor:
     return Divisor(value, factor, sign / value)
 
 
-def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...]) -> jax.Array:
-    """One leaf over its norm, in the norm's dtype, rounded once to the leaf's.
+def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) -> jax.Array:
+    """One leaf times `root` over its norm, in the norm's dtype, rounded once to the leaf's.
 
     Args:
       x: the leaf.
       by: its norm.
       axes: the axes of `x` over which the norm ran.
+      root: a number of 1 or more.
 
     Returns:
       The quotient, of the leaf's shape and dtype.
     """
-    parts = real_parts(x, by.value.dtype)
     if x.size == 1:
         # A number over its own magnitude is exactly 1.
         value, factor = lax.expand_dims(by.value, axes), lax.expand_dims(by.factor, axes)
-        parts = [lax.div(lax.mul(part, factor), value) for part in parts]
+        parts = [lax.div(part, value) for part in _times(x, factor, root)]
     else:
         is_huge = lax.lt(by.inverse, lax.full_like(by.inverse, 0))
         factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(by.inverse.dtype)
         factor, inverse = lax.expand_dims(factor, axes), lax.expand_dims(abs(by.inverse), axes)
-        parts = [lax.mul(lax.mul(part, factor), inverse) for part in parts]
+        parts = [lax.mul(part, inverse) for part in _times(x, factor, root)]
     return lax.convert_element_type(complex_of(parts), x.dtype)
+
+
+def _times(x: jax.Array, factor: jax.Array, root: float) -> list[jax.Array]:
+    parts = [lax.mul(part, factor) for part in real_parts(x, factor.dtype)]
+    # Before the division, after which what is small would be lost.
+    return [lax.mul(part, lax.full_like(part, root)) for part in parts] if root != 1 else parts
 
 
 def _norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
     norms = []
-    for group, (total, scale) in zip(groups, safe_sums(norm, groups, leaves), strict=True):
+    for total, scale in safe_sums(norm, groups, leaves):
         safe = RANGES[total.dtype]
         one = lax.full_like(scale, 1)
         is_huge = lax.lt(scale, one)
@@ -123,16 +137,9 @@ def _norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> l
         undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
         undo_up = lax.full_like(scale, 1 / safe.up)
         undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
-        norms.append(ScaledNorm(lax.mul(_finish(norm, total, count(group, leaves)), undo), factor))
+        measured = lax.sqrt(total) if norm == "l2" else total
+        norms.append(ScaledNorm(lax.mul(measured, undo), factor))
     return norms
-
-
-def _finish(norm: str, total: jax.Array, count: int) -> jax.Array:
-    if norm == "l2":
-        return jnp.sqrt(total)
-    if norm == "rms":
-        return jnp.sqrt(total / count)
-    return total
 
 
 def _slopes(
@@ -150,7 +157,7 @@ def _slopes(
         for member in group.members:
             x = leaves[member.leaf]
             x = x.astype(jnp.promote_types(x.dtype, dtype))
-            if norm in ("l2", "rms"):
+            if norm == "l2":
                 dual = real_parts(divide(x, divisor(by), member.axes), dtype)
             else:
                 dual = real_parts(jnp.sign(x), dtype)
@@ -164,11 +171,9 @@ def _slopes(
             sums.append(jnp.sum(sum(products[1:], products[0]), axis=member.axes))
         partials.append(with_mesh_axes(group, sums))
         ties.append(with_mesh_axes(group, hits) if hits else [])
-    totals = mesh.combine(partials, "sum")
-    if norm == "linf":
-        shares = mesh.combine(ties, "sum")
-    else:
-        shares = [count(group, leaves) if norm == "rms" else 1 for group in groups]
-    return [
-        total * by.factor / share for total, by, share in zip(totals, norms, shares, strict=True)
+    totals = [
+        total * by.factor for total, by in zip(mesh.combine(partials, "sum"), norms, strict=True)
     ]
+    if norm != "linf":
+        return totals
+    return [t / n for t, n in zip(totals, mesh.combine(ties, "sum"), strict=True)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import group_norms
+from optax_unitscale.norms import group_norms, root
 
 __all__ = ["gradient_norms"]
 
@@ -67,7 +67,7 @@ def _norms(updates: Any, plan: Plan) -> dict[str, jax.Array]:
     leaves, groups = assign(plan, updates)
     norms = group_norms(plan.norm, groups, leaves)
     named = {
-        group.name: (n.value / n.factor).astype(jnp.float32)
+        group.name: (n.value / root(plan.norm, group, leaves) / n.factor).astype(jnp.float32)
         for group, n in zip(groups, norms, strict=True)
     }
     if len(named) < len(groups):

@@ -51,7 +51,7 @@ def safe_sums(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -
     safe range are taken again at a power-of-two scale, which needs no memory but for numbers.
 
     Args:
-      norm: "l2" or "rms" for squares, "l1" for absolute values, "linf" for the maximum.
+      norm: "l2" for squares, "l1" for absolute values, "linf" for the maximum.
       groups: from `groups.assign`.
       leaves: the arrays that the groups' members index.
 
@@ -118,7 +118,7 @@ def _partial(
         # broadcast: a temporary of their size.
         own, _ = lax.optimization_barrier((scale, x))
         parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
-    if norm in ("l2", "rms"):
+    if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
     reduce = lax.reduce_max if norm == "linf" else lax.reduce_sum
@@ -151,7 +151,7 @@ def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
 def _limits(norm: str, dtype: np.dtype, count: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     safe = RANGES[dtype]
     # Only squares underflow.
-    floor = count * safe.tiny if norm in ("l2", "rms") else 0.0
+    floor = count * safe.tiny if norm == "l2" else 0.0
     return np.asarray(floor, dtype), np.asarray(safe.huge, dtype)
 
 

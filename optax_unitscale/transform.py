@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
+from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms, root
 
 __all__ = ["unit_scale"]
 
@@ -106,14 +106,15 @@ def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
     scaled = list(leaves)
     for group, measured in zip(groups, group_norms(plan.norm, groups, leaves), strict=True):
-        by = divisor(_at_least(min_norm, measured))
+        times = root(plan.norm, group, leaves)
+        by = divisor(_at_least(min_norm, times, measured))
         for member in group.members:
-            scaled[member.leaf] = divide(leaves[member.leaf], by, member.axes)
+            scaled[member.leaf] = divide(leaves[member.leaf], by, member.axes, times)
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)
 
 
-def _at_least(min_norm: jax.typing.ArrayLike, measured: ScaledNorm) -> ScaledNorm:
-    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * measured.factor
+def _at_least(min_norm: jax.typing.ArrayLike, times: float, measured: ScaledNorm) -> ScaledNorm:
+    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * times * measured.factor
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
     return ScaledNorm(jnp.maximum(value, floor), measured.factor)
