@@ -93,6 +93,8 @@ def unit_scale(
     """
     plan = make_plan("unit_scale", norm, scope, axis, axis_name)
     _check_min_norm(min_norm)
+    if not isinstance(min_norm, jax.Array):
+        min_norm = float(np.asarray(min_norm))  # Integers would wrap around at 32 bits.
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -114,7 +116,7 @@ def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
 
 
 def _at_least(min_norm: jax.typing.ArrayLike, times: float, measured: ScaledNorm) -> ScaledNorm:
-    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * times * measured.factor
+    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * (measured.factor * times)
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
     return ScaledNorm(jnp.maximum(value, floor), measured.factor)

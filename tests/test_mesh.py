@@ -18,18 +18,17 @@ from optax_unitscale import gradient_norms, unit_scale
 
 NORMS = ["l2", "rms", "l1", "linf"]
 LEAVES = {
-    "rows": ((8, 5), P("a"), "float32"),
-    "columns": ((3, 6), P(None, "b"), "bfloat16"),
+    "columns": ((5, 8), P(None, "a"), "float32"),
     "block": ((8, 4), P("a", "b"), "float32"),
-    "turned": ((4, 8), P("b", "a"), "float32"),
+    "turned": ((4, 8), P("b", "a"), "bfloat16"),
     "fine": ((16, 3), P(("b", "a")), "float16"),
     "whole": ((7,), P(), "float32"),
 }
 SPECS = {name: spec for name, (_, spec, _) in LEAVES.items()}
-LABELS = {name: "first" if name in ("rows", "turned", "whole") else "second" for name in LEAVES}
+LABELS = {name: "first" if name in ("columns", "turned", "whole") else "second" for name in LEAVES}
 SCOPES = ["leaf", "global", LABELS]
 ALIKE = [dict.fromkeys(LEAVES, magnitude) for magnitude in (1.0, 1e-25, 1e25)]
-MAGNITUDES = [*ALIKE, {"rows": 1e-25, "columns": 1e25, "block": 1e-30, "turned": 1e25}]
+MAGNITUDES = [*ALIKE, {"columns": 1e-25, "block": 1e-30, "turned": 1e25}]
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|"
     r"collective-permute|collective-broadcast)(?:-start)?\("
@@ -137,14 +136,14 @@ def test_leaves_that_do_not_divide_evenly_give_the_same_update_without_gathering
         x = lax.with_sharding_constraint(x, split)
         return {norm: scaled(x, norm) for norm in NORMS}
 
+    # Only norms: JAX has no output that is split unevenly, and would gather one.
     def measure(x):
-        x = lax.with_sharding_constraint(x, split)
-        return {norm: gradient_norms(x, norm) for norm in NORMS}
+        return gradient_norms(lax.with_sharding_constraint(x, split))
 
     check_same(jax.jit(update)(leaf), {norm: scaled(leaf, norm) for norm in NORMS})
     norms = jax.jit(measure).lower(leaf).compile()
     check_wire(norms)
-    check_same(norms(leaf), {norm: gradient_norms(leaf, norm) for norm in NORMS})
+    check_same(norms(leaf), gradient_norms(leaf))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -171,9 +170,9 @@ def test_shard_map_sums_split_leaves_and_only_those(scope, check_vma, norm):
 
 
 def test_axes_left_to_the_compiler_inside_shard_map_are_summed_too():
-    tree = {name: gradients({})[name] for name in ("rows", "block", "turned")}
+    tree = {name: gradients({})[name] for name in ("columns", "block", "turned")}
     inputs = shard(tree, make_mesh(), {name: SPECS[name] for name in tree})
-    manual = {"rows": P("a"), "block": P("a"), "turned": P(None, "a")}
+    manual = {"columns": P(None, "a"), "block": P("a"), "turned": P(None, "a")}
 
     def update(tree):
         return {norm: scaled(tree, norm, scope="global") for norm in NORMS}
@@ -266,8 +265,8 @@ def test_a_global_norm_over_expert_split_and_whole_leaves_counts_every_element_o
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_experts_of_norms_of_their_own_may_be_weak_on_one_device_only(check_vma):
-    # Only that device takes its sum again, while all of them add up the attention's.
+def test_an_expert_with_its_own_norm_may_be_weak_on_its_devices_alone(check_vma):
+    # They alone take its squares again, while all devices add up the attention's.
     weak = np.array([1, 1, 1e-25, 1], np.float32).reshape(4, 1, 1)
     tree = EXPERT_TREE | {"experts": EXPERT_TREE["experts"] * weak}
     options = {"axis": lambda path, x: (1, 2) if path == "experts" else None}
@@ -275,19 +274,19 @@ def test_experts_of_norms_of_their_own_may_be_weak_on_one_device_only(check_vma)
 
     def update(tree, **told):
         more = options | told
-        return [(scaled(tree, n, **more), gradient_norms(tree, n, **more)) for n in NORMS]
+        return [(scaled(tree, n, **more), gradient_norms(tree, n, **more)) for n in ("l2", "rms")]
 
     norms = {"experts": P("a"), "attention": P(), "router": P()}
     result = shard_map(
         lambda tree: update(tree, axis_name=lambda path, x: names[path]),
         (EXPERT_SPECS,),
-        [(EXPERT_SPECS, norms)] * len(NORMS),
+        [(EXPERT_SPECS, norms)] * 2,
         check_vma=check_vma,
     )(tree)
     check_same(result, update(tree))
 
 
-FLOAT32 = {name: SPECS[name] for name in ("rows", "turned", "whole")}
+FLOAT32 = {name: SPECS[name] for name in ("columns", "block", "whole")}
 
 
 def loss(tree, weights, norm, told=None, specs=None):
@@ -306,15 +305,13 @@ derivative = jax.jit(jax.grad(loss), static_argnums=2)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("way", ["jit", "inside shard_map", "of shard_map, told"])
+@pytest.mark.parametrize("way", ["inside shard_map", "of shard_map, told"])
 def test_the_derivative_through_a_sharded_update_is_that_of_the_single_device(way, norm):
     tree = {name: gradients({})[name] for name in FLOAT32}
     weights = {name: draw(x.shape, seed=9) for name, x in tree.items()}
     mesh = make_mesh()
     inputs = shard(tree, mesh, FLOAT32), shard(weights, mesh, FLOAT32)
-    if way == "jit":
-        result = derivative(*inputs, norm)
-    elif way == "inside shard_map":
+    if way == "inside shard_map":
 
         def inside(tree, weights):
             return jax.grad(loss)(tree, weights, norm, specs=FLOAT32)

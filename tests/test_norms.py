@@ -181,7 +181,7 @@ def derivative(x, v, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("magnitude", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1.0, 1e15, 1e30])
 def test_the_derivative_is_that_of_the_quotient_forward_and_reverse(norm, magnitude):
     x = sample((12,), "float32", magnitude)
     v, w = sample((2, 12), "float32", seed=1)
@@ -209,6 +209,22 @@ def test_first_and_second_derivatives_agree_with_finite_differences(norm, x64):
             return [jnp.sin(u) for u in jax.tree.leaves(scaled(tree, norm, scope=scope))]
 
         jax.test_util.check_grads(function, (tree,), order=2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("power", [-110, -62, 62, 110])
+@pytest.mark.parametrize("size", [1, 5])
+def test_second_derivatives_along_a_gradient_do_not_depend_on_its_magnitude(norm, power, size):
+    x, v = sample((2, size), "float32", seed=3)
+
+    def twice(scale):
+        def once(t):
+            return jax.jvp(lambda t: scaled(t, norm), (t,), (jnp.asarray(v * scale),))[1]
+
+        return jax.jvp(once, (jnp.asarray(x * scale),), (jnp.asarray(v * scale),))[1]
+
+    there, here = np.asarray(twice(np.float32(2.0**power))), np.asarray(twice(np.float32(1)))
+    np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5 * np.abs(v / x).max() ** 2)
 
 
 @pytest.mark.parametrize("norm", NORMS)

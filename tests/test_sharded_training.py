@@ -104,7 +104,7 @@ def make_mesh():
     return jax.make_mesh((4, 2), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu"))
 
 
-def spec_of(path, x, tensor: bool, fsdp: bool) -> P:
+def spec_of(path, x, tensor, fsdp):
     """Heads and hidden features over "model", the first other axis that divides over "data"."""
     spec = [None] * x.ndim
     if tensor and re.search("(query|key|value|up|head)/kernel", name_of(path)):
@@ -117,76 +117,64 @@ def spec_of(path, x, tensor: bool, fsdp: bool) -> P:
     return P(*spec)
 
 
-def specs_for(tree, **layout):
-    return jax.tree_util.tree_map_with_path(lambda path, x: spec_of(path, x, **layout), tree)
+def specs_for(tree, tensor=False, fsdp=False):
+    return jax.tree_util.tree_map_with_path(lambda path, x: spec_of(path, x, tensor, fsdp), tree)
+
+
+def shardings_for(tree, **layout):
+    mesh = make_mesh()
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_for(tree, **layout))
+
+
+STATE = jax.eval_shape(OPTIMIZER.init, PARAMS)
 
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["", "tensor"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data", "fsdp"])
 def test_training_under_jit_follows_the_single_device(fsdp, tensor, single):
-    mesh = make_mesh()
+    params, state = (shardings_for(x, fsdp=fsdp, tensor=tensor) for x in (PARAMS, STATE))
+    step = jax.jit(functools.partial(take_step, GRADIENT), out_shardings=(params, state, None))
+    batches = jax.device_put(BATCHES, NamedSharding(make_mesh(), P(None, "data")))
+    check_follows(train(step, jax.device_put(PARAMS, params), batches), single)
 
-    def shardings(tree):
-        specs = specs_for(tree, tensor=tensor, fsdp=fsdp)
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-    params = jax.device_put(PARAMS, shardings(PARAMS))
-    state = jax.eval_shape(OPTIMIZER.init, params)
-    step = jax.jit(
-        functools.partial(take_step, GRADIENT),
-        out_shardings=(shardings(params), shardings(state), None),
+def train_in_shard_map(gradient, fsdp=False, check_vma=True):
+    params, state = (specs_for(x, fsdp=fsdp) for x in (PARAMS, STATE))
+    step = jax.shard_map(
+        functools.partial(take_step, gradient),
+        mesh=make_mesh(),
+        in_specs=(params, state, P(AXES)),
+        out_specs=(params, state, P()),
+        check_vma=check_vma,
     )
-    batches = jax.device_put(BATCHES, NamedSharding(mesh, P(None, "data")))
-    check_follows(train(step, params, batches), single)
-
-
-def sharded_step(gradient, specs, **options):
-    state = jax.eval_shape(OPTIMIZER.init, PARAMS)
-    return jax.jit(
-        jax.shard_map(
-            functools.partial(take_step, gradient),
-            mesh=make_mesh(),
-            in_specs=(specs(PARAMS), specs(state), P(AXES)),
-            out_specs=(specs(PARAMS), specs(state), P()),
-            **options,
-        )
-    )
-
-
-def whole(tree):
-    return jax.tree.map(lambda x: P(), tree)
+    return train(jax.jit(step), jax.device_put(PARAMS, shardings_for(PARAMS, fsdp=fsdp)), BATCHES)
 
 
 def test_data_parallel_training_averaged_by_autodiff_follows_the_single_device(single):
     def gradient(params, tokens):
         return jax.value_and_grad(lambda p: lax.pmean(loss_of(p, tokens), AXES))(params)
 
-    check_follows(train(sharded_step(gradient, whole), PARAMS, BATCHES), single)
+    check_follows(train_in_shard_map(gradient), single)
 
 
 def test_data_parallel_training_averaged_by_pmean_follows_the_single_device(single):
     def gradient(params, tokens):
         return lax.pmean(GRADIENT(params, tokens), AXES)
 
-    step = sharded_step(gradient, whole, check_vma=False)
-    check_follows(train(step, PARAMS, BATCHES), single)
+    check_follows(train_in_shard_map(gradient, check_vma=False), single)
 
 
 def test_fsdp_in_shard_map_follows_the_single_device(single):
-    def specs(tree):
-        return jax.tree.map(
-            lambda x: P("data") if x.ndim > 1 and x.shape[0] % 4 == 0 else P(), tree
-        )
+    def gather(x, spec):
+        if "data" not in spec:
+            return x
+        return lax.all_gather(x, "data", axis=tuple(spec).index("data"), tiled=True)
 
     def gradient(params, tokens):
         def loss(params):
-            gathered = jax.tree.map(
-                lambda x, spec: lax.all_gather(x, "data", tiled=True) if spec else x,
-                params,
-                specs(PARAMS),
-            )
+            gathered = jax.tree.map(gather, params, specs_for(PARAMS, fsdp=True))
             return lax.pmean(loss_of(gathered, tokens), AXES)
 
         return jax.value_and_grad(loss)(params)
 
-    check_follows(train(sharded_step(gradient, specs), PARAMS, BATCHES), single)
+    check_follows(train_in_shard_map(gradient, fsdp=True), single)
