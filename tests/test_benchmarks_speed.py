@@ -23,8 +23,9 @@ def test_a_run_times_every_contender_and_writes_what_it_found(tmp_path, capsys):
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert (row["ratio"]["low"] == row["ratio"]["high"] == 1) or name not in firsts
         assert 0.9e6 < row["parameters"] < 1.2e6
-        # No contender holds a second gradient, nor do we.
-        assert row["temporary_bytes"] < 1e6
+        # Old versions of XLA hold a leaf's squares; nobody holds more.
+        naive = rows[next(iter(SCOPES[row["scope"]]))]
+        assert row["temporary_bytes"] < naive["temporary_bytes"] + 1e6
     said = capsys.readouterr().out
     assert "unit_scale()" in said
     assert re.sub(r"\s", "", str(out / "speed.png")) in re.sub(r"\s", "", said)
