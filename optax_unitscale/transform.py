@@ -47,11 +47,13 @@ def unit_scale(
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
         constant learning rate can converge.
-      axis_name: mesh axes over which the leaves are split inside `jax.shard_map` or `jax.pmap`: a
-        name, a tuple of names, or a callable `(path, leaf) -> names`. None asks JAX, which knows
-        in `jax.shard_map` with `check_vma=True` and never in `jax.pmap` or with `check_vma=False`:
-        there, without `axis_name`, every device silently divides by the norm of its own part.
-        Not needed under `jax.jit`.
+      axis_name: mesh axes that a norm runs over inside `jax.shard_map` or `jax.pmap`, that is,
+        those that split an axis which `axis` reduces: a name, a tuple of names, () for none, or a
+        callable `(path, leaf) -> names`. None asks JAX over which the leaf is split. It knows in
+        `jax.shard_map` with `check_vma=True`, where a leaf whose kept axis is split needs
+        `axis_name`, or other slices' norms are added to its own. It never knows in `jax.pmap` or
+        with `check_vma=False`: there None lets every device divide by the norm of its own part.
+        Under `jax.jit` alone nothing is needed.
 
     Returns:
       A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
