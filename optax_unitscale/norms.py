@@ -108,11 +108,10 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
     """
     value, inverse = (lax.expand_dims(part, axes) for part in by)
     is_huge = lax.lt(inverse, lax.full_like(inverse, 0))
-    factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(inverse.dtype)
+    # The root comes before the division, after which what is small would be lost; and not as a
+    # constant, which XLA would multiply with the inverse.
+    factor = jnp.where(is_huge, _HUGE_FACTOR * root, root).astype(inverse.dtype)
     parts = [lax.mul(part, factor) for part in real_parts(x, value.dtype)]
-    if root != 1:
-        # Before the division, after which what is small would be lost.
-        parts = [lax.mul(part, lax.full_like(part, root)) for part in parts]
     parts = [_over(part, value, lax.abs(inverse)) for part in parts]
     return lax.convert_element_type(complex_of(parts), x.dtype)
 
