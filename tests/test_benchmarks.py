@@ -76,7 +76,8 @@ def test_a_run_logs_every_step_of_every_optimizer_and_its_origin(finished):
 def test_the_same_seed_gives_the_same_losses(finished, tmp_path):
     # In a process of its own, as the first: these tests run on eight virtual devices.
     process = start(tmp_path)
-    assert process.wait(timeout=300) == 0
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
     runs = ([e["loss"] for e in steps_of(out, "unit_scale")] for out in (finished, tmp_path))
     first, again = runs
     assert again == first
