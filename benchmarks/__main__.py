@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model with several optimizers and compare them",
     "range": "show at which magnitudes normalised gradients have norm 1",
     "speed": "time unit_scale against the naive division and Optax",
+    "lower": "compile unit_scale and Optax for TPUs and GPUs that are not there",
 }
 
 

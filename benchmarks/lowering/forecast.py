@@ -1,0 +1,175 @@
+"""What share of a training step `unit_scale` takes on machines of any size: arithmetic, no run."""
+
+import math
+from typing import Any, NamedTuple
+
+__all__ = ["CHIPS", "FORMULA", "MODELS", "as_markdown", "share", "shares"]
+
+COUNTS = (256, 4096, 65536)
+# Parameters, gradient and momentum in float32, without which no step begins.
+BYTES_A_PARAMETER = 12
+# What Llama 3 405B had of the peak on 8192 to 16384 H100: 38 to 43 %, arXiv 2407.21783, table 4.
+UTILISATION = 0.4
+
+
+class Chip(NamedTuple):
+    """Published figures: FLOP/s in bfloat16, bytes, bytes/s of memory and of links to others.
+
+    `domain` is how many chips those links join, as a torus of `dimensions`, or by a switch where
+    that is 0. The latencies in seconds are not published: `hop` is one link of the domain and
+    `network` one message of a few kB between domains; both are meant to be too high.
+    """
+
+    topology: str
+    flops: float
+    capacity: float
+    memory: float
+    link: float
+    domain: int
+    dimensions: int
+    hop: float
+    network: float
+    source: str
+
+
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = {
+    "TPU v5e": Chip(
+        *("TPU v5e, 256 chips", 197e12, 16e9, 819e9, 400e9, 256, 2, 1e-6, 50e-6), _TPU + "v5e"
+    ),
+    "TPU v6e": Chip(
+        *("TPU v6e, 256 chips", 918e12, 32e9, 1638e9, 800e9, 256, 2, 1e-6, 50e-6), _TPU + "v6e"
+    ),
+    "TPU v5p": Chip(
+        *("TPU v5p, 4096 chips", 459e12, 95 * 2**30, 2765e9, 1200e9, 6144, 3, 1e-6, 50e-6),
+        _TPU + "v5p",
+    ),
+    "H100": Chip(
+        *("H100, 256 GPUs", 989e12, 80e9, 3350e9, 900e9, 8, 0, 5e-6, 10e-6),
+        "https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+}
+
+
+class Model(NamedTuple):
+    """A model's parameters, its depth, the tokens of a batch, and who trained one alike."""
+
+    parameters: float
+    depth: int
+    tokens: float
+    source: str
+
+
+MODELS = {
+    "1 B": Model(1e9, 22, 2e6, "TinyLlama 1.1B, arXiv 2401.02385"),
+    "70 B": Model(70e9, 80, 4e6, "Llama 2 70B, arXiv 2307.09288"),
+    "1 T": Model(1e12, 128, 16e6, "the batch of Llama 3 405B, arXiv 2407.21783"),
+}
+FORMULA = {
+    "share": "update / (step + update)",
+    "step": "6 * parameters * tokens / (chips * flops * utilisation)",
+    "update": "memory_time + all_reduces * latency + wire_time",
+    "memory_time": "(reads + 1) * 4 * parameters / (chips * memory)",
+    "wire_time": "2 * 4 * leaves / link",
+    "latency": "2 * hops * hop + 2 * ceil(log2(chips / domain)) * network",
+    "hops": "dimensions * n ** (1 / dimensions) / 2 in a torus of n = min(chips, domain), else 1",
+    "leaves": "12 * depth + 6",
+}
+
+
+def share(chip: Chip, model: Model, chips: int, reads: float, all_reduces: int) -> dict[str, float]:
+    """The seconds of a step without and of the update by `FORMULA`, and the latter's share.
+
+    Args:
+      chip: what computes.
+      model: what is trained.
+      chips: how many there are.
+      reads: how often the compiled update reads each element of the gradient.
+      all_reduces: how many of them the compiled update waits for.
+    """
+    step = 6 * model.parameters * model.tokens / (chips * chip.flops * UTILISATION)
+    memory_time = (reads + 1) * 4 * model.parameters / (chips * chip.memory)
+    near = min(chips, chip.domain)
+    d = chip.dimensions
+    hops = d * near ** (1 / d) / 2 if d else 1.0
+    far = 2 * math.ceil(math.log2(max(1.0, chips / chip.domain))) * chip.network
+    latency = 2 * hops * chip.hop + far
+    wire_time = 2 * 4 * (12 * model.depth + 6) / chip.link
+    update = memory_time + all_reduces * latency + wire_time
+    return {"step": step, "update": update, "share": update / (step + update)}
+
+
+def shares(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The share of `unit_scale()` for every chip that was compiled for, model and count.
+
+    Args:
+      results: for each topology and method what was measured.
+
+    Returns:
+      One entry each, without a share where the model does not fit into the chips' memory.
+    """
+    entries = []
+    for name, chip in CHIPS.items():
+        compiled = results.get(chip.topology, {}).get("unit_scale()")
+        if compiled is None:
+            continue
+        all_reduces = compiled["collectives"].get("all-reduce", 0)
+        for size, model in MODELS.items():
+            for chips in COUNTS:
+                entry: dict[str, Any] = {"chip": name, "parameters": size, "chips": chips}
+                if BYTES_A_PARAMETER * model.parameters <= chips * chip.capacity:
+                    found = share(chip, model, chips, compiled["reads"], all_reduces)
+                    entry |= {key: float(f"{value:.3g}") for key, value in found.items()}
+                entries.append(entry)
+    return entries
+
+
+def as_markdown(entries: list[dict[str, Any]]) -> str:
+    """The formula, its inputs and a table of the shares."""
+    lines = [
+        "# What share of a training step `unit_scale()` takes",
+        "",
+        "Computed by `python -m benchmarks lower` from the compiled programs in `lower.json`,",
+        "which give `reads` and `all_reduces`, and from published figures; nothing was timed.",
+        "",
+        "```",
+        *(f"{name} = {formula}" for name, formula in FORMULA.items()),
+        "```",
+        "",
+        "| chip | parameters | " + " | ".join(f"{count:,} chips" for count in COUNTS) + " |",
+        "| --- | --- |" + " ---: |" * len(COUNTS),
+    ]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        text = _percent(entry["share"]) if "share" in entry else "does not fit"
+        cells.setdefault((entry["chip"], entry["parameters"]), []).append(text)
+    lines += [f"| {' | '.join([*key, *row])} |" for key, row in cells.items()]
+    lines += [
+        "",
+        "Where the share is large, a step is a few milliseconds: the batch leaves each chip a few",
+        "dozen tokens, and every other collective of the step waits as long.",
+        "",
+        f"`utilisation` is {UTILISATION}, as Llama 3 405B reports 38 to 43 % (arXiv 2407.21783).",
+        f"A model fits where there are {BYTES_A_PARAMETER} bytes a parameter.",
+        "",
+        "| parameters | depth | tokens a step | as |",
+        "| --- | ---: | ---: | --- |",
+        *(f"| {k} | {m.depth} | {m.tokens / 1e6:g} M | {m.source} |" for k, m in MODELS.items()),
+        "",
+        "Latencies are assumed, not published, and meant to be too high: `hop` of a link within a",
+        "domain, `network` of a message of a few kB between two.",
+        "",
+        "| chip | TFLOP/s | memory GB/s | link GB/s | domain | hop µs | network µs | source |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *(
+            f"| {name} | {c.flops / 1e12:g} | {c.memory / 1e9:g} | {c.link / 1e9:g} "
+            f"| {c.domain:,} | {c.hop * 1e6:g} | {c.network * 1e6:g} | <{c.source}> |"
+            for name, c in CHIPS.items()
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"

@@ -1,0 +1,195 @@
+"""What stands in a compiled program: what devices send each other, and what is read."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+__all__ = ["Collective", "collectives", "reads", "wire_bytes"]
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# Names for the same memory, and what does not touch it.
+_ALIASES = ("bitcast", "get-tuple-element", "tuple", "opt-barrier", "parameter")
+
+
+class Instruction(NamedTuple):
+    """One line of a program: `%name = type opcode(%operand, ...), attributes`.
+
+    A parameter's only operand is its number.
+    """
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+
+class Collective(NamedTuple):
+    """Something that devices do together.
+
+    `inputs` are the dtypes and sizes of what one device puts in, `group` is how many devices take
+    part, and `is_rare` whether it stands in a branch of a conditional.
+    """
+
+    kind: str
+    inputs: tuple[tuple[str, int], ...]
+    group: int
+    is_rare: bool
+
+    @property
+    def input_bytes(self) -> int:
+        """What one device puts in."""
+        return _bytes(self.inputs)
+
+
+def collectives(program: str, devices: int) -> list[Collective]:
+    """All collectives of a program.
+
+    Args:
+      program: the text of a compiled program.
+      devices: for how many devices it is.
+
+    Returns:
+      One `Collective` each; one that the compiler cut into asynchronous pieces counts once.
+    """
+    computations = _computations(program)
+    rare = _branches(computations)
+    found: dict[object, Collective] = {}
+    for computation, instructions in computations.items():
+        types = {x.name: x.type for x in instructions}
+        for x in instructions:
+            kind = x.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            inputs = tuple(shape for name in x.operands for shape in _shapes(types[name]))
+            # The pieces of one have a chain in common, whose copies all stand in the program.
+            chain = re.search(r'chain_id="(\d+)"', x.attributes)
+            key = (kind, chain[1]) if chain else x.name
+            found[key] = Collective(kind, inputs, _group(x, devices), computation in rare)
+    return list(found.values())
+
+
+def wire_bytes(collective: Collective) -> float:
+    """What each device receives, where a ring or a tree of rings does the work."""
+    size, others = collective.input_bytes, collective.group - 1
+    if collective.kind == "all-gather":
+        return size * others
+    if collective.kind.startswith("collective"):
+        return size
+    share = size * others / collective.group
+    return 2 * share if collective.kind == "all-reduce" else share
+
+
+def reads(program: str, leaves: int) -> float:
+    """How often the program reads its first parameters from main memory, taken together.
+
+    Branches are left out. What was copied into on-chip memory is not read from there: of a leaf
+    that is copied once and used twice only the copy counts.
+
+    Args:
+      program: the text of a compiled program.
+      leaves: how many parameters count.
+
+    Returns:
+      Bytes read for each byte that they have.
+    """
+    entry = _entry(program)
+    sizes = {
+        x.name: _bytes(_shapes(x.type)[:1])
+        for x in entry
+        if x.opcode == "parameter" and int(x.operands[0]) < leaves
+    }
+    owners = {name: name for name in sizes}
+    total = 0
+    for x in entry:
+        used = {owners[name] for name in x.operands if name in owners}
+        if x.opcode == "bitcast" and used:
+            owners[x.name] = used.pop()
+        elif x.opcode in ("slice", "slice-start") and used:
+            # The type of a start holds those of its operands first.
+            first = 1 if x.opcode == "slice-start" else 0
+            total += _bytes(_shapes(x.type)[first : first + 1])
+        elif x.opcode not in (*_ALIASES, "conditional"):
+            total += sum(sizes[name] for name in used)
+    return total / sum(sizes.values())
+
+
+def _computations(program: str) -> dict[str, list[Instruction]]:
+    found: dict[str, list[Instruction]] = {}
+    for line in re.sub(r"/\*.*?\*/", "", program).splitlines():
+        if head := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
+            found[head[1]] = []
+        elif body := re.match(
+            r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\(([^)]*)\)(.*)", line
+        ):
+            name, type_, opcode, operands, attributes = body.groups()
+            names = tuple(name.lstrip("%") for name in operands.split(", "))
+            found[next(reversed(found))].append(Instruction(name, type_, opcode, names, attributes))
+    return found
+
+
+def _entry(program: str) -> list[Instruction]:
+    name = re.search(r"^ENTRY %([\w.-]+)", program, re.MULTILINE)
+    if not name:
+        raise ValueError("the program has no ENTRY computation")
+    return _computations(program)[name[1]]
+
+
+def _branches(computations: dict[str, list[Instruction]]) -> set[str]:
+    """The computations that run only where a conditional says so."""
+    waiting = [
+        name
+        for instructions in computations.values()
+        for x in instructions
+        if x.opcode == "conditional"
+        for name in _called(x)
+    ]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [called for x in computations[name] for called in _called(x)]
+    return found
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+    wanted = r"(?:calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%[\w.-]+)"
+    for names in re.findall(wanted, instruction.attributes):
+        yield from re.findall(r"%([\w.-]+)", names)
+
+
+def _shapes(type_: str) -> list[tuple[str, int]]:
+    """The dtypes and the numbers of elements in a type."""
+    return [
+        (dtype, math.prod(int(n) for n in sizes.split(",") if n))
+        for dtype, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
+    ]
+
+
+def _bytes(shapes: Sequence[tuple[str, int]]) -> int:
+    # The first number in a dtype's name is its bits: f32, bf16, f8e4m3fn; pred has none.
+    bits = {dtype: int((re.findall(r"\d+", dtype) or ["8"])[0]) for dtype, _ in shapes}
+    return sum(bits[dtype] * size // 8 for dtype, size in shapes)
+
+
+def _group(instruction: Instruction, devices: int) -> int:
+    """How many devices take part, from any of the ways in which XLA writes it."""
+    text = instruction.attributes
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"('\w+')=(\d+)", mesh[1])}
+        parts = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    return listed[1].count(",") + 1 if listed else devices

@@ -1,0 +1,118 @@
+"""The update of a sharded GPT's gradients, compiled for a topology, and what was made of it."""
+
+import collections
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.commands.speed import SCOPES
+from benchmarks.lowering.programs import collectives, reads, wire_bytes
+from benchmarks.lowering.topologies import TOPOLOGIES, make_mesh
+from benchmarks.models.gpt import GPT, GPTConfig
+from optax_unitscale import unit_scale
+
+__all__ = ["CONFIG", "METHODS", "compile_update", "gradients", "measure", "shard"]
+
+# 3.8 billion parameters in 54 leaves.
+CONFIG = GPTConfig(vocabulary=32768, context=4096, depth=4, heads=64, width=8192)
+
+
+def _naive(scope: str) -> optax.GradientTransformation:
+    function = next(iter(SCOPES[scope].values()))
+    return optax.stateless(lambda updates, params: function(updates))
+
+
+METHODS: dict[str, optax.GradientTransformation] = {
+    "x * rsqrt(sum(x * x))": _naive("leaf"),
+    "unit_scale()": unit_scale(),
+    "x * rsqrt(sum of all x * x)": _naive("global"),
+    'unit_scale(scope="global")': unit_scale(scope="global"),
+    "optax.normalize_by_update_norm()": optax.normalize_by_update_norm(),
+    "optax.clip_by_global_norm(1)": optax.clip_by_global_norm(1.0),
+    "optax.adaptive_grad_clip(0.01)": optax.adaptive_grad_clip(0.01),
+    "optax.contrib.muon(0.02)": optax.contrib.muon(0.02),
+}
+
+
+def gradients(config: GPTConfig, mesh: Mesh) -> Any:
+    """The shapes of a GPT's gradients, laid over the mesh as `shard` says."""
+    shapes = nnx.eval_shape(lambda: nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param))
+    return shard(nnx.to_pure_dict(shapes), mesh)
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """Lays arrays named as a GPT's parameters over the mesh.
+
+    Matrices that make heads and hidden features are split as ("fsdp", "tensor"), those that end
+    them and the embeddings as ("tensor", "fsdp"); vectors and numbers are on every device.
+    """
+
+    def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = P()
+        if x.ndim > 1 and re.search("out/|down/|tokens/|positions/", name):
+            spec = P("tensor", *[None] * (x.ndim - 2), "fsdp")
+        elif x.ndim > 1:
+            spec = P("fsdp", "tensor")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def compile_update(
+    transformation: optax.GradientTransformation, updates: Any
+) -> jax.stages.Compiled:
+    """The transformation alone, with the gradients and its state donated."""
+    mesh = jax.tree.leaves(updates)[0].sharding.mesh
+    state = shard(jax.eval_shape(transformation.init, updates), mesh)
+    update = jax.jit(
+        lambda updates, state, params: transformation.update(updates, state, params),
+        donate_argnums=(0, 1),
+    )
+    return update.lower(updates, state, updates).compile()
+
+
+def measure(topology: str, method: str) -> dict[str, Any]:
+    """Compiles one method for one topology.
+
+    Args:
+      topology: a key of `TOPOLOGIES`.
+      method: a key of `METHODS`.
+
+    Returns:
+      The number of collectives of each kind, always and in the branch that is rarely taken; the
+      bytes that each device always receives; temporaries, donated buffers that are used again and
+      the gradient's own size, in bytes a device; how often the gradient is read; compile seconds.
+    """
+    mesh = make_mesh(TOPOLOGIES[topology])
+    updates = gradients(CONFIG, mesh)
+    leaves = jax.tree.leaves(updates)
+    start = time.perf_counter()
+    compiled = compile_update(METHODS[method], updates)
+    seconds = time.perf_counter() - start
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise RuntimeError(f"the compiler for {topology} does not show its programs")
+    found = collectives(text, mesh.size)
+    always = [x for x in found if not x.is_rare]
+    return {
+        "leaves": len(leaves),
+        "collectives": dict(collections.Counter(x.kind for x in always)),
+        "rare_collectives": dict(collections.Counter(x.kind for x in found if x.is_rare)),
+        "wire_bytes": round(sum(map(wire_bytes, always))),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "reused_bytes": memory.alias_size_in_bytes,
+        "gradient_bytes": sum(
+            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves
+        ),
+        "reads": round(reads(text, len(leaves)), 3),
+        "compile_seconds": round(seconds, 2),
+    }
