@@ -1,0 +1,152 @@
+"""The update alone, as the compilers for TPU and GPU make it: what is sent, held and read."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from benchmarks.lowering.programs import Collective, collectives, reads
+from benchmarks.lowering.topologies import TOPOLOGIES, Topology, make_mesh
+from benchmarks.lowering.updates import CONFIG, METHODS, compile_update, gradients
+from benchmarks.models.gpt import GPTConfig
+
+pytest.importorskip("libtpu", reason="needs the extra aot")
+pytest.importorskip("jax_cuda13_plugin", reason="needs the extra aot")
+
+OURS = ["unit_scale()", 'unit_scale(scope="global")']
+SMALL = GPTConfig(vocabulary=4096, context=256, depth=1, heads=16, width=2048)
+# The kernels that are split over the mesh: ("fsdp", "tensor") and ("tensor", "fsdp").
+ORDERS = 2
+
+
+class Program(NamedTuple):
+    """A compiled update: its text and memory, what it was made for, and what it sends."""
+
+    text: str
+    memory: Any
+    leaves: list[Any]
+    devices: int
+    collectives: list[Collective]
+
+    @property
+    def always(self) -> list[Collective]:
+        """The collectives outside of the rescue."""
+        return [x for x in self.collectives if not x.is_rare]
+
+
+@functools.cache
+def compiled(
+    topology: Topology, method: Any, config: GPTConfig = CONFIG, dtype: Any = jnp.float32
+) -> Program:
+    mesh = make_mesh(topology)
+    updates = jax.tree.map(lambda x: x.update(dtype=dtype), gradients(config, mesh))
+    transformation = METHODS[method] if isinstance(method, str) else method
+    program = compile_update(transformation, updates)
+    text = program.as_text()
+    assert text
+    found = collectives(text, mesh.size)
+    return Program(text, program.memory_analysis(), jax.tree.leaves(updates), mesh.size, found)
+
+
+def split(program: Program) -> int:
+    return sum(any(x.sharding.spec) for x in program.leaves)
+
+
+def numbers(found: list[Collective]) -> int:
+    return sum(size for x in found for _, size in x.inputs)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_devices_send_a_float32_a_leaf_in_one_all_reduce_for_each_order_of_axes(topology, method):
+    program = compiled(TOPOLOGIES[topology], method)
+    rare = [x for x in program.collectives if x.is_rare]
+    for found in (program.always, rare):
+        assert 1 <= len(found) <= ORDERS
+        for x in found:
+            assert (x.kind, x.group) == ("all-reduce", program.devices)
+            assert {dtype for dtype, _ in x.inputs} == {"f32"}
+        assert numbers(found) == split(program) == 27
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("platform", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
+def test_where_all_leaves_are_split_alike_there_is_one_all_reduce(platform, method):
+    mesh = make_mesh(TOPOLOGIES[platform])
+    tree = gradients(CONFIG, mesh)
+    alike = [x for x in jax.tree.leaves(tree) if x.sharding.spec[:1] == ("fsdp",)]
+    text = compile_update(METHODS[method], alike).as_text()
+    assert len(alike) > 10
+    found = [x for x in collectives(text or "", mesh.size) if not x.is_rare]
+    assert [x.kind for x in found] == ["all-reduce"]
+    assert numbers(found) == len(alike)
+
+
+def dividing() -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda x: x / jnp.linalg.norm(x), updates)
+    )
+
+
+def test_sums_of_bfloat16_leaves_are_sent_in_float32_where_the_naive_ones_are_not():
+    def sent(method: Any) -> set[str]:
+        program = compiled(TOPOLOGIES["TPU v5e, 256 chips"], method, SMALL, jnp.bfloat16)
+        return {dtype for x in program.always for dtype, _ in x.inputs}
+
+    assert sent("unit_scale()") == {"f32"}
+    assert "bf16" in sent(dividing())
+
+
+def flattening() -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda x: x * jax.lax.rsqrt(jnp.vdot(x, x)), updates)
+    )
+
+
+@pytest.mark.parametrize("topology", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
+def test_a_norm_of_flattened_leaves_is_seen_to_gather_on_gpu_and_ours_is_not(topology):
+    kinds = {x.kind for x in compiled(TOPOLOGIES[topology], flattening(), SMALL).always}
+    assert ("all-gather" in kinds) == topology.startswith("H100"), kinds
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_donated_gradients_are_overwritten_by_their_updates(topology, method):
+    memory = compiled(TOPOLOGIES[topology], method).memory
+    assert memory.alias_size_in_bytes == memory.argument_size_in_bytes > 5e6
+
+
+# 1.7 GB, of which a TPU holds 2**27 bytes on the chip; XLA counts what it uses there as temporary.
+LARGE = GPTConfig(vocabulary=8192, context=2048, depth=7, heads=16, width=2048)
+ONE_CHIP = {
+    "v5e": (Topology("tpu", "v5e:2x2", 1, 1), 2**27 + 2**22),
+    "v6e": (Topology("tpu", "v6e:2x2", 1, 1), 2**27 + 2**22),
+    "v5p": (Topology("tpu", "v5p:2x2x1", 1, 1), 2**27 + 2**22),
+    "H100": (Topology("cuda", "1x1x1", 1, 1), 2**17),
+}
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize(("chip", "most"), ONE_CHIP.values(), ids=ONE_CHIP)
+def test_temporaries_do_not_grow_with_the_gradient(chip, most, method):
+    memory = compiled(chip, method, LARGE).memory
+    assert memory.temp_size_in_bytes < most < memory.argument_size_in_bytes / 10
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize(("chip", "most"), ONE_CHIP.values(), ids=ONE_CHIP)
+def test_a_large_gradient_is_read_once_for_its_norms_and_once_to_be_scaled(chip, most, method):
+    program = compiled(chip, method, LARGE)
+    count = reads(program.text, len(program.leaves))
+    # TPUs also copy small leaves to the chip, for a rescue that rarely comes.
+    assert count <= (2.0 if chip.platform == "cuda" else 2.1)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_part_that_fits_on_the_chip_is_read_no_oftener(topology, method):
+    program = compiled(TOPOLOGIES[topology], method)
+    assert reads(program.text, len(program.leaves)) <= 2.2
