@@ -1,5 +1,6 @@
 """The four norms: from a sum to a norm, its derivative, and the division by it."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -118,10 +119,9 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
 
 @jax.custom_jvp
 def _over(x: jax.Array, value: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Divides by multiplying, but for a single number: over its magnitude it is exactly 1."""
-    if x.size == 1:
-        return lax.select(inverse == 0, lax.full_like(x, 0), lax.div(x, value))
-    return lax.mul(x, inverse)
+    """Divides by multiplying, but for single numbers: over their magnitude they are exactly 1."""
+    product = lax.mul(x, inverse)
+    return lax.select(inverse == 0, product, lax.div(x, value)) if x.size == value.size else product
 
 
 @_over.defjvp
@@ -161,25 +161,31 @@ def _slopes(
         dtype = by.value.dtype
         sums, hits = [], []
         for member in group.members:
-            x = leaves[member.leaf]
-            x = x.astype(jnp.promote_types(x.dtype, dtype))
-            if norm == "l2":
-                dual = real_parts(divide(x, divisor(by), member.axes), dtype)
-            else:
-                dual = real_parts(jnp.sign(x), dtype)
+            x = complex_of(real_parts(leaves[member.leaf], dtype))
+            factor = lax.expand_dims(by.factor, member.axes)
+            dual = divide(x, divisor(by), member.axes) if norm == "l2" else _signs(x)
+            dual = real_parts(dual, dtype)
             if norm == "linf":
-                largest = jnp.expand_dims(by.value / by.factor, member.axes)
-                hit = (jnp.abs(x) == largest).astype(dtype)
+                scaled = complex_of([lax.mul(part, factor) for part in real_parts(x, dtype)])
+                hit = lax.eq(lax.abs(scaled), lax.expand_dims(by.value, member.axes)).astype(dtype)
                 dual = [part * hit for part in dual]
                 hits.append(jnp.sum(hit, axis=member.axes))
-            along = real_parts(slopes[member.leaf], dtype)
+            along = [lax.mul(part, factor) for part in real_parts(slopes[member.leaf], dtype)]
             products = [d * s for d, s in zip(dual, along, strict=True)]
             sums.append(jnp.sum(sum(products[1:], products[0]), axis=member.axes))
         partials.append(with_mesh_axes(group, sums))
         ties.append(with_mesh_axes(group, hits) if hits else [])
-    totals = [
-        total * by.factor for total, by in zip(mesh.combine(partials, "sum"), norms, strict=True)
-    ]
+    totals = mesh.combine(partials, "sum")
     if norm != "linf":
         return totals
     return [t / n for t, n in zip(totals, mesh.combine(ties, "sum"), strict=True)]
+
+
+def _signs(x: jax.Array) -> jax.Array:
+    """Each element over its magnitude, 0 for 0."""
+    parts = real_parts(x, jnp.finfo(x.dtype).dtype)
+    # A complex number's magnitude can leave the range that its parts are in.
+    is_huge = functools.reduce(lax.bitwise_or, [lax.abs(part) > 2.0**60 for part in parts])
+    factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(parts[0].dtype)
+    magnitude = lax.abs(complex_of([lax.mul(part, factor) for part in parts]))
+    return divide(x, divisor(ScaledNorm(magnitude, factor)), ())

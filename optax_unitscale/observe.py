@@ -39,9 +39,9 @@ def gradient_norms(
       ValueError: as `unit_scale`, or two groups have the same name.
 
     Numerics:
-      Exact as in `unit_scale`, then rounded to float32: a norm beyond 3.4e38 is inf. A group
-      with an infinity has norm inf, one with NaN has NaN. Under `jax.jit` beside `unit_scale`, XLA
-      merges the reductions of the two.
+      Exact as in `unit_scale`, then rounded to float32: a norm beyond 3.4e38 is inf. A group with
+      an infinity has norm inf, one with NaN has NaN. Under `jax.jit` beside
+      `unit_scale`, XLA merges the reductions of the two.
 
     Examples:
       Record the norms of each step in the optimizer's state.

@@ -46,7 +46,7 @@ def unit_scale(
         keep equal axes.
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
-        constant learning rate can converge.
+        constant learning rate can converge. Beyond 1e36/√n in float32 the update may be 0.
       axis_name: mesh axes that a norm runs over inside `jax.shard_map` or `jax.pmap`, that is,
         those that split an axis which `axis` reduces: a name, a tuple of names, () for none, or a
         callable `(path, leaf) -> names`. None asks JAX over which the leaf is split. It knows in
@@ -69,13 +69,14 @@ def unit_scale(
       Sums are accumulated in float32, or float64 for float64 and complex128, and taken again at a
       power-of-two scale where squares would overflow or be lost; there is no epsilon. The norm of
       the result is 1 within a few units of the leaf's precision for every element in the dtype's
-      normal range. Subnormal elements are zero where the platform flushes them, as XLA does on
-      CPU. A group of zeros stays zero; one with NaN or an infinity becomes NaN throughout, so that
-      `optax.apply_if_finite` sees it; but where XLA takes a maximum over several devices, it can
-      lose a NaN (an infinity never), and "linf" with it. The derivative is
-      :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and bfloat16 the elements are
-      rounded once: a million of them in unit l2 norm are near 1e-3 each, and what is below 6e-5
-      loses bits in float16. Prefer "rms" there.
+      normal range. Subnormal elements are zero where the platform flushes them, as XLA does on CPU.
+      A power of two times a gradient gives the same update: bit for bit while no square leaves the
+      normal range, else to within 3 units of precision. A group of zeros stays zero; one with NaN
+      or an infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it; but where XLA
+      takes a maximum over several devices, it can lose a NaN (an infinity never), and "linf" with
+      it. The derivative is :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and
+      bfloat16 the elements are rounded once: a million of them in unit l2 norm are near 1e-3 each,
+      and what is below 6e-5 loses bits in float16. Prefer "rms" there.
 
     Examples:
       J(θ) = θ² from θ = 1 with a learning rate of 0.1 steps to 0.9, where plain gradient descent
@@ -132,7 +133,6 @@ def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
         raise TypeError(f"unit_scale: min_norm is {min_norm!r}, expected a real number.")
     if np.shape(min_norm) != ():
         raise ValueError(f"unit_scale: min_norm has shape {np.shape(min_norm)}, expected a scalar.")
-    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm) < np.inf:
-        raise ValueError(
-            f"unit_scale: min_norm is {min_norm}, expected a finite number of 0 or more."
-        )
+    largest = float(jnp.finfo(jnp.result_type(float)).max)
+    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm) <= largest:
+        raise ValueError(f"unit_scale: min_norm is {min_norm}, expected 0 to {largest:.2g}.")

@@ -117,6 +117,29 @@ def test_sharded_arrays_keep_layout_and_send_only_scalars(kind, scope, norm):
         check_same(result, scaled(gradients(magnitudes), norm, scope=scope))
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("way", ["jit", "shard_map", "told"])
+def test_nan_or_inf_on_one_device_makes_the_group_nan_on_all(way, norm):
+    mesh, spec = make_mesh(), {"bad": P("a", "b"), "good": P("b", "a")}
+    tree = {"bad": draw((8, 4)), "good": draw((8, 4), seed=1)}
+    # XLA:CPU loses a NaN where it takes a maximum over devices.
+    tree["bad"][5, 1] = np.inf if norm == "linf" else np.nan
+
+    def update(tree):
+        told = (lambda path, x: ("a", "b")) if way == "told" else None
+        return scaled(tree, norm, axis_name=told), scaled(
+            tree, norm, scope="global", axis_name=told
+        )
+
+    if way == "jit":
+        leaf, whole = jax.jit(update)(shard(tree, mesh, spec))
+    else:
+        leaf, whole = shard_map(update, (spec,), (spec, spec), check_vma=way != "told")(tree)
+    assert np.isnan(leaf["bad"]).all()
+    check_same(leaf["good"], scaled(tree["good"], norm))
+    assert all(np.isnan(x).all() for x in whole.values())
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_calls_outside_jit_keep_the_layout_too(kind):
     with set_mesh(mesh := make_mesh(kind)):

@@ -1,7 +1,6 @@
 """The norm of the result is 1 and its elements are the quotient, at any magnitude."""
 
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,10 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import EMPTY, NORMS, sample, scaled
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import gradient_norms
 
-NORMS = ["l2", "rms", "l1", "linf"]
-EMPTY = optax.EmptyState()
 # Two or three decades inside the normal range, so that normal samples stay in it.
 MAGNITUDES = {
     "float16": [1e-2, 1.0, 300.0, 1e4],
@@ -25,20 +23,6 @@ MAGNITUDES = {
     "complex128": [1e-300, 1e-160, 1.0, 1e200, 1e300],
 }
 WIDE = ("float64", "complex128")
-
-
-def scaled(tree: Any, norm: str, **options: Any) -> Any:
-    return unit_scale(norm, **options).update(tree, EMPTY)[0]
-
-
-def sample(shape, dtype, magnitude=1.0, seed=0):
-    """Normal samples, none so near to zero that it would be subnormal."""
-    rng = np.random.default_rng(seed)
-    draws = rng.normal(size=(2, *shape))
-    draws = np.where(np.abs(draws) < 0.01, 0.01, draws) * magnitude
-    dtype = jnp.dtype(dtype)
-    values = draws[0] + 1j * draws[1] if jnp.issubdtype(dtype, jnp.complexfloating) else draws[0]
-    return values.astype(dtype)
 
 
 def check_group(results, gradients, norm):
@@ -168,74 +152,6 @@ def test_the_naive_quotient_fails_where_ours_holds(magnitude):
     check_group([scaled(jnp.asarray(gradient), "l2")], [gradient], "l2")
 
 
-def derivative(x, v, norm):
-    """The directional derivative of x/‖x‖ by the quotient rule, in float64."""
-    n = float(oracle.norm_of([x], norm))
-    slope = {
-        "l2": lambda: (x @ v) / n,
-        "rms": lambda: (x @ v) / n / x.size,
-        "l1": lambda: np.sign(x) @ v,
-        "linf": lambda: np.sign(x[np.abs(x).argmax()]) * v[np.abs(x).argmax()],
-    }[norm]()
-    return v / n - x * slope / n**2
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1.0, 1e15, 1e30])
-def test_the_derivative_is_that_of_the_quotient_forward_and_reverse(norm, magnitude):
-    x = sample((12,), "float32", magnitude)
-    v, w = sample((2, 12), "float32", seed=1)
-
-    def function(t):
-        return scaled(t, norm)
-
-    forward = jax.jvp(function, (jnp.asarray(x),), (jnp.asarray(v),))[1]
-    exact = derivative(x.astype(np.float64), v.astype(np.float64), norm)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5 * np.abs(exact).max()}
-    np.testing.assert_allclose(np.asarray(forward), exact, **tolerance)
-    (reverse,) = jax.vjp(function, jnp.asarray(x))[1](jnp.asarray(w))
-    np.testing.assert_allclose(
-        float(np.asarray(reverse, np.float64) @ v), float(exact @ w), rtol=1e-4
-    )
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_first_and_second_derivatives_agree_with_finite_differences(norm, x64):
-    x = jnp.asarray(sample((6,), "float64"))
-    tree = {"a": x[:4], "b": x[4:]}
-    for scope in ("leaf", "global"):
-
-        def function(tree, scope=scope):
-            return [jnp.sin(u) for u in jax.tree.leaves(scaled(tree, norm, scope=scope))]
-
-        jax.test_util.check_grads(function, (tree,), order=2, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("power", [-110, -62, 62, 110])
-@pytest.mark.parametrize("size", [1, 5])
-def test_second_derivatives_along_a_gradient_do_not_depend_on_its_magnitude(norm, power, size):
-    x, v = sample((2, size), "float32", seed=3)
-
-    def twice(scale):
-        def once(t):
-            return jax.jvp(lambda t: scaled(t, norm), (t,), (jnp.asarray(v * scale),))[1]
-
-        return jax.jvp(once, (jnp.asarray(x * scale),), (jnp.asarray(v * scale),))[1]
-
-    there, here = np.asarray(twice(np.float32(2.0**power))), np.asarray(twice(np.float32(1)))
-    np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5 * np.abs(v / x).max() ** 2)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_derivative_at_zero_is_zero(norm):
-    def function(t):
-        return scaled(t, norm).sum()
-
-    np.testing.assert_array_equal(np.asarray(jax.grad(function)(jnp.zeros(3))), 0)
-    np.testing.assert_array_equal(np.asarray(jax.hessian(function)(jnp.zeros(3))), 0)
-
-
 def test_gradient_norms_are_exact_where_float32_squares_are_not():
     for magnitude in (1e-30, 1e-20, 1e20, 1e30):
         gradient = sample((300,), "float32", magnitude)
@@ -243,3 +159,26 @@ def test_gradient_norms_are_exact_where_float32_squares_are_not():
             measured = float(gradient_norms(jnp.asarray(gradient), norm)["updates"])
             expected = float(oracle.norm_of([gradient], norm))
             assert abs(measured / expected - 1) < 4 * 2.0**-23
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_groups_of_one_element_become_exactly_one_or_minus_one(norm, dtype):
+    column = sample((500, 1), dtype, 1e-3)
+    for leaf, axis in ((column, 1), (column.ravel(), ()), (column.T, 0)):
+        result = np.asarray(scaled(jnp.asarray(leaf), norm, axis=axis))
+        np.testing.assert_array_equal(result, np.sign(leaf))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_negative_zero_stays_negative(shape):
+    assert np.signbit(scaled(jnp.full(shape, -0.0), "l2")).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(norm):
+    tree = {"good": jnp.ones(4), "one": jnp.ones(()), "bad": jnp.array([1.0, jnp.nan])}
+    result = scaled(tree, norm, min_norm=3e38)
+    np.testing.assert_array_equal(np.asarray(result["good"]), 0)
+    np.testing.assert_array_equal(np.asarray(result["one"]), 0)
+    assert np.isnan(np.asarray(result["bad"])).all()
