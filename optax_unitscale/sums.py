@@ -60,64 +60,88 @@ def safe_sums(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -
     """
     if not groups:
         return []
-    counts = [count(group, leaves) for group in groups]
-    sums = _sums(norm, groups, leaves)
-    scales = [_scale(norm, total, n) for total, n in zip(sums, counts, strict=True)]
-
-    def retake(batches, leaves, sums, scales):
-        totals = {}
-        for batch in batches:
-            used = {member.leaf for i in batch for member in groups[i].members}
-            chosen = lax.cond(
-                _all_safe(norm, [sums[i] for i in batch], [counts[i] for i in batch]),
-                lambda leaves, sums, scales: sums,
-                lambda leaves, sums, scales, b=batch: _sums(
-                    norm, [groups[i] for i in b], leaves, scales
-                ),
-                [x if i in used else None for i, x in enumerate(leaves)],
-                [sums[i] for i in batch],
-                [scales[i] for i in batch],
-            )
-            totals.update(zip(batch, chosen, strict=True))
-        return [totals[i] for i in range(len(groups))]
-
-    # On GPU every check is a wait for the device. On CPU a check for several leaves waits for all
-    # their norms, and a large leaf has left the cache when it is scaled.
-    totals = lax.platform_dependent(
+    sums = lax.platform_dependent(
         list(leaves),
-        sums,
-        scales,
-        cpu=functools.partial(retake, [[i] for i in range(len(groups))]),
-        default=functools.partial(retake, _batches(groups, leaves)),
+        cpu=functools.partial(_with_rescue, norm, groups),
+        default=functools.partial(_at_every_scale, norm, groups),
     )
-    return [SafeSum(*pair) for pair in zip(totals, scales, strict=True)]
+    return [SafeSum(*pair) for pair in sums]
 
 
-def _sums(
+def _at_every_scale(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Takes each sum at three scales in one pass and picks the safe one, as Blue (1978).
+
+    On GPU and TPU the pass waits for memory, not for arithmetic. A branch would cost more: a GPU
+    waits for its condition, and a TPU reads again what it held on the chip.
+    """
+    ranges = [RANGES[_accumulator(group, leaves)] for group in groups]
+    choices = [[safe.up for safe in ranges]] if norm == "l2" else []
+    choices += [[1.0] * len(groups), [safe.down for safe in ranges]]
+    # All of them cross the devices together.
+    partials = [x for scales in choices for x in _partials(norm, groups, leaves, scales)]
+    sums = mesh.combine(partials, "max" if norm == "linf" else "sum")
+    *ups, ones, downs = (sums[i : i + len(groups)] for i in range(0, len(sums), len(groups)))
+    results = []
+    for i, group in enumerate(groups):
+        scale = _scale(norm, ones[i], count(group, leaves))
+        one = lax.full_like(scale, 1)
+        total = lax.select(lax.lt(scale, one), downs[i], ones[i])
+        for up in ups:
+            total = lax.select(lax.gt(scale, one), up[i], total)
+        results.append((total, scale))
+    return results
+
+
+def _with_rescue(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Takes each sum, and once more where it left the safe range: on CPU arithmetic costs time."""
+    kind = "max" if norm == "linf" else "sum"
+    sums = mesh.combine(_partials(norm, groups, leaves, [1.0] * len(groups)), kind)
+    results = []
+    # A check for all groups would wait for all sums, and by then a leaf that is to be scaled has
+    # left the cache.
+    for group, total in zip(groups, sums, strict=True):
+        scale = _scale(norm, total, count(group, leaves))
+        total = lax.cond(
+            jnp.all(scale == 1),
+            lambda total=total: total,
+            lambda group=group, scale=scale: mesh.combine(
+                _partials(norm, [group], leaves, [scale]), kind
+            )[0],
+        )
+        results.append((total, scale))
+    return results
+
+
+def _partials(
     norm: str,
     groups: Sequence[Group],
     leaves: Sequence[jax.Array],
-    scales: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
-    """Each group's sum of squares or of absolute values, or its maximum, after times `scales`."""
+    scales: Sequence[jax.Array | float],
+) -> list[list[tuple[jax.Array, tuple[Hashable, ...]]]]:
+    """What each leaf on this device has of its group's sum, for `mesh.combine`."""
     partials = []
-    for i, group in enumerate(groups):
+    for group, scale in zip(groups, scales, strict=True):
         dtype = _accumulator(group, leaves)
-        scale = None if scales is None else scales[i]
         values = [_partial(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
         partials.append(with_mesh_axes(group, values))
-    return mesh.combine(partials, "max" if norm == "linf" else "sum")
+    return partials
 
 
 def _partial(
-    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | None
+    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | float
 ) -> jax.Array:
     parts = real_parts(x, dtype)
-    if scale is not None:
+    if isinstance(scale, jax.Array):
         # Tied to the leaf, for leaves of one shape that shared a scale would also share its
         # broadcast: a temporary of their size.
         own, _ = lax.optimization_barrier((scale, x))
         parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
+    elif scale != 1:
+        parts = [lax.mul(part, lax.full_like(part, scale)) for part in parts]
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
@@ -125,43 +149,14 @@ def _partial(
     return reduce(lax.abs(complex_of(parts)), axes)
 
 
-def _all_safe(norm: str, sums: Sequence[jax.Array], counts: Sequence[int]) -> jax.Array:
-    """Whether no sum must be taken again. Numbers are stacked, or XLA compiles for minutes."""
-    stacks: dict[object, list[tuple[jax.Array, int]]] = {}
-    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
-        stacks.setdefault(i if total.ndim else total.dtype, []).append((total, count))
-    checks = []
-    for pairs in stacks.values():
-        total = jnp.stack([total for total, _ in pairs])
-        count = np.reshape([count for _, count in pairs], (-1, *(1,) * (total.ndim - 1)))
-        floor, ceiling = _limits(norm, total.dtype, count)
-        checks.append(jnp.all((total >= floor) & (total <= ceiling)))
-    return functools.reduce(lax.bitwise_and, checks)
-
-
 def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
-    """The power of two at which to take `total` again, 1 where it is good as it is."""
+    """The power of two at which to take `total` instead, 1 where it is good as it is."""
     safe = RANGES[total.dtype]
-    floor, ceiling = _limits(norm, total.dtype, count)
     up, one, down = (lax.full_like(total, choice) for choice in (safe.up, 1, safe.down))
-    # NaN is not below the floor and goes the way of what is too large.
-    return jnp.where(total < floor, up, lax.select(total <= ceiling, one, down))
-
-
-def _limits(norm: str, dtype: np.dtype, count: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    safe = RANGES[dtype]
+    # NaN is not below the ceiling and goes the way of what is too large.
+    scale = lax.select(total <= safe.huge, one, down)
     # Only squares underflow.
-    floor = count * safe.tiny if norm == "l2" else 0.0
-    return np.asarray(floor, dtype), np.asarray(safe.huge, dtype)
-
-
-def _batches(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[list[int]]:
-    """Groups that cross the same mesh axes: devices must agree on what they do together."""
-    batches: dict[frozenset[Hashable], list[int]] = {}
-    for i, group in enumerate(groups):
-        axes = [mesh.axes_of(leaves[m.leaf], m.mesh_axes) for m in group.members]
-        batches.setdefault(frozenset().union(*axes), []).append(i)
-    return list(batches.values())
+    return lax.select(total < count * safe.tiny, up, scale) if norm == "l2" else scale
 
 
 def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
