@@ -53,9 +53,7 @@ def group_norms(
 ) -> list[ScaledNorm]:
     """The norm of every group, exact over the whole range of the dtype.
 
-    Sums are accumulated in float32, or float64 where the group holds a float64 leaf. One reduction
-    per leaf; groups whose sum left the safe range are reduced again at a power-of-two scale.
-    The derivative is that of the norm, and 0 where the norm is 0.
+    Accumulated as `safe_sums` says. The derivative is that of the norm, and 0 where the norm is 0.
 
     Args:
       norm: "l2", "l1" or "linf"; or "rms", whose l2 norm is returned, for the rms itself can be

@@ -24,7 +24,7 @@ class SafeSum(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """The safe range of a sum, and the powers of two at which one outside it is taken again.
+    """The safe range of a sum, and the powers of two at which one outside it is taken instead.
 
     Below `tiny` per element, squares that were flushed to zero can matter at the dtype's precision:
     `tiny` is smallest normal / epsilon. Above `huge`, the reciprocal of the sum, by which XLA may
@@ -47,8 +47,9 @@ RANGES = {
 def safe_sums(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[SafeSum]:
     """Each group's sum of squares or of absolute values, or its maximum.
 
-    Accumulated in float32, or float64 where the group holds a float64 leaf. Those that left the
-    safe range are taken again at a power-of-two scale, which needs no memory but for numbers.
+    Accumulated in float32, or float64 where the group holds a float64 leaf; at a power-of-two
+    scale where the sum of the elements themselves leaves the safe range. Needs no memory but for
+    numbers.
 
     Args:
       norm: "l2" for squares, "l1" for absolute values, "linf" for the maximum.
@@ -141,7 +142,9 @@ def _partial(
         own, _ = lax.optimization_barrier((scale, x))
         parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
     elif scale != 1:
-        parts = [lax.mul(part, lax.full_like(part, scale)) for part in parts]
+        # Hidden, or XLA may square the scale first, which leaves the range.
+        hidden = lax.optimization_barrier(jnp.asarray(scale, dtype))
+        parts = [lax.mul(part, lax.broadcast(hidden, part.shape)) for part in parts]
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)

@@ -1,14 +1,17 @@
 """What several test files have in common: the norms, samples, and a short call."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 
 from optax_unitscale import unit_scale
 
-__all__ = ["EMPTY", "NORMS", "sample", "scaled"]
+__all__ = ["EMPTY", "NORMS", "as_for_gpu", "sample", "scaled"]
 
 EMPTY = optax.EmptyState()
 NORMS = ["l2", "rms", "l1", "linf"]
@@ -17,6 +20,13 @@ NORMS = ["l2", "rms", "l1", "linf"]
 def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
     """The updates of one call of `unit_scale`."""
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
+
+
+def as_for_gpu(function: Callable[[Any], Any], example: Any) -> Any:
+    """The program that JAX makes for GPU, and alike for TPU, to be run on CPU."""
+    checks = [export.DisabledSafetyCheck.platform()]
+    made = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(example)
+    return jax.jit(made.call)
 
 
 def sample(shape, dtype, magnitude=1.0, seed=0):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import as_for_gpu
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -114,6 +115,22 @@ def test_sharded_arrays_keep_layout_and_send_only_scalars(kind, scope, norm):
     check_wire(update)
     for magnitudes, tree, result in zip(MAGNITUDES, inputs, results, strict=True):
         check_layout(result, tree)
+        check_same(result, scaled(gradients(magnitudes), norm, scope=scope))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scope", SCOPES, ids=["leaf", "global", "labels"])
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_the_program_for_gpu_gives_the_same_update_and_sends_only_scalars(way, scope, norm):
+    def update(tree):
+        return scaled(tree, norm, scope=scope)
+
+    mesh = make_mesh()
+    split = jax.jit(update) if way == "jit" else shard_map(update, (SPECS,), SPECS)
+    run = as_for_gpu(split, shard(gradients({}), mesh, SPECS))
+    check_wire(run.lower(shard(gradients({}), mesh, SPECS)).compile())
+    for magnitudes in MAGNITUDES:
+        result = run(shard(gradients(magnitudes), mesh, SPECS))
         check_same(result, scaled(gradients(magnitudes), norm, scope=scope))
 
 

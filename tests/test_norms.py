@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from common import EMPTY, NORMS, sample, scaled
+from common import EMPTY, NORMS, as_for_gpu, sample, scaled
 
 from optax_unitscale import gradient_norms
 
@@ -61,6 +61,45 @@ def test_the_whole_tree_has_unit_norm_at_every_magnitude(norm, dtype, request):
     for magnitude in MAGNITUDES[dtype]:
         tree = [sample((40, 7), dtype, magnitude), sample((33,), dtype, magnitude, seed=1)]
         check_group(scaled([jnp.asarray(g) for g in tree], norm, scope="global"), tree, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", MAGNITUDES)
+def test_the_program_for_gpu_gives_unit_norm_at_every_magnitude(norm, dtype, request):
+    if dtype in WIDE:
+        request.getfixturevalue("x64")
+
+    def both(tree):
+        return scaled(tree, norm), scaled(tree, norm, scope="global")
+
+    # CPU adds one element after the other where GPU has a tree.
+    shapes = [(), (300,), (16, 20)]
+    run = as_for_gpu(both, [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes])
+    for magnitude in MAGNITUDES[dtype]:
+        tree = [sample(shape, dtype, magnitude) for shape in shapes]
+        by_leaf, together = run(list(map(jnp.asarray, tree)))
+        for result, gradient in zip(by_leaf, tree, strict=True):
+            check_group([result], [gradient], norm)
+        check_group(together, tree, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_program_for_gpu_is_exact_where_magnitudes_meet(norm):
+    rows = np.stack([sample((40,), "float32", 10.0**power) for power in (-35, -20, 0, 20, 36)])
+    mixed = np.concatenate([sample((50,), "float32", 1e-30), sample((50,), "float32", 1e25)])
+    edges = np.array([[0.0, 0.0], [np.nan, 1.0], [np.inf, 1e-30], [-np.inf, np.inf], [3.0, -4.0]])
+
+    def update(tree):
+        return scaled(tree, norm, axis=-1)
+
+    tree = (jnp.asarray(rows), jnp.asarray(mixed), jnp.asarray(edges, jnp.float32))
+    by_row, whole, at_edges = map(np.asarray, as_for_gpu(update, tree)(tree))
+    for result, row in zip(by_row, rows, strict=True):
+        check_group([result], [row], norm)
+    check_group([whole], [mixed], norm)
+    np.testing.assert_array_equal(at_edges[0], 0.0)
+    assert np.isnan(at_edges[1:4]).all()
+    check_group([at_edges[4]], [edges[4].astype(np.float32)], norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -117,8 +117,8 @@ def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{topology}: {first['leaves']} leaves, {size} a device",
-        caption="Named without optax. Collectives: those that always run. Received, temporaries: "
-        "of one device. Reads: of main memory, for each element.",
+        caption="Named without optax. Received, temporaries: of one device. Reads: of main "
+        "memory, for each element.",
     )
     for heading in ("", "collectives"):
         table.add_column(heading, overflow="fold")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["Collective", "collectives", "reads", "wire_bytes"]
@@ -37,13 +37,12 @@ class Collective(NamedTuple):
     """Something that devices do together.
 
     `inputs` are the dtypes and sizes of what one device puts in, `group` is how many devices take
-    part, and `is_rare` whether it stands in a branch of a conditional.
+    part.
     """
 
     kind: str
     inputs: tuple[tuple[str, int], ...]
     group: int
-    is_rare: bool
 
     @property
     def input_bytes(self) -> int:
@@ -61,10 +60,8 @@ def collectives(program: str, devices: int) -> list[Collective]:
     Returns:
       One `Collective` each; one that the compiler cut into asynchronous pieces counts once.
     """
-    computations = _computations(program)
-    rare = _branches(computations)
     found: dict[object, Collective] = {}
-    for computation, instructions in computations.items():
+    for instructions in _computations(program).values():
         types = {x.name: x.type for x in instructions}
         for x in instructions:
             kind = x.opcode.removesuffix("-start")
@@ -74,7 +71,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
             # The pieces of one have a chain in common, whose copies all stand in the program.
             chain = re.search(r'chain_id="(\d+)"', x.attributes)
             key = (kind, chain[1]) if chain else x.name
-            found[key] = Collective(kind, inputs, _group(x, devices), computation in rare)
+            found[key] = Collective(kind, inputs, _group(x, devices))
     return list(found.values())
 
 
@@ -92,7 +89,7 @@ def wire_bytes(collective: Collective) -> float:
 def reads(program: str, leaves: int) -> float:
     """How often the program reads its first parameters from main memory, taken together.
 
-    Branches are left out. What was copied into on-chip memory is not read from there: of a leaf
+    What was copied into on-chip memory is not read from there: of a leaf
     that is copied once and used twice only the copy counts.
 
     Args:
@@ -118,7 +115,7 @@ def reads(program: str, leaves: int) -> float:
             # The type of a start holds those of its operands first.
             first = 1 if x.opcode == "slice-start" else 0
             total += _bytes(_shapes(x.type)[first : first + 1])
-        elif x.opcode not in (*_ALIASES, "conditional"):
+        elif x.opcode not in _ALIASES:
             total += sum(sizes[name] for name in used)
     return total / sum(sizes.values())
 
@@ -142,30 +139,6 @@ def _entry(program: str) -> list[Instruction]:
     if not name:
         raise ValueError("the program has no ENTRY computation")
     return _computations(program)[name[1]]
-
-
-def _branches(computations: dict[str, list[Instruction]]) -> set[str]:
-    """The computations that run only where a conditional says so."""
-    waiting = [
-        name
-        for instructions in computations.values()
-        for x in instructions
-        if x.opcode == "conditional"
-        for name in _called(x)
-    ]
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += [called for x in computations[name] for called in _called(x)]
-    return found
-
-
-def _called(instruction: Instruction) -> Iterator[str]:
-    wanted = r"(?:calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%[\w.-]+)"
-    for names in re.findall(wanted, instruction.attributes):
-        yield from re.findall(r"%([\w.-]+)", names)
 
 
 def _shapes(type_: str) -> list[tuple[str, int]]:

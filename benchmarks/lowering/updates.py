@@ -88,9 +88,9 @@ def measure(topology: str, method: str) -> dict[str, Any]:
       method: a key of `METHODS`.
 
     Returns:
-      The number of collectives of each kind, always and in the branch that is rarely taken; the
-      bytes that each device always receives; temporaries, donated buffers that are used again and
-      the gradient's own size, in bytes a device; how often the gradient is read; compile seconds.
+      The number of collectives of each kind; the bytes that each device receives, temporaries,
+      donated buffers that are used again, and the gradient's own size, in bytes a device; how
+      often the gradient is read; compile seconds.
     """
     mesh = make_mesh(TOPOLOGIES[topology])
     updates = gradients(CONFIG, mesh)
@@ -102,12 +102,10 @@ def measure(topology: str, method: str) -> dict[str, Any]:
     if text is None or memory is None:
         raise RuntimeError(f"the compiler for {topology} does not show its programs")
     found = collectives(text, mesh.size)
-    always = [x for x in found if not x.is_rare]
     return {
         "leaves": len(leaves),
-        "collectives": dict(collections.Counter(x.kind for x in always)),
-        "rare_collectives": dict(collections.Counter(x.kind for x in found if x.is_rare)),
-        "wire_bytes": round(sum(map(wire_bytes, always))),
+        "collectives": dict(collections.Counter(x.kind for x in found)),
+        "wire_bytes": round(sum(map(wire_bytes, found))),
         "temporary_bytes": memory.temp_size_in_bytes,
         "reused_bytes": memory.alias_size_in_bytes,
         "gradient_bytes": sum(

@@ -1,17 +1,22 @@
 """The update alone, as the compilers for TPU and GPU make it: what is sent, held and read."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.lowering.programs import Collective, collectives, reads
 from benchmarks.lowering.topologies import TOPOLOGIES, Topology, make_mesh
 from benchmarks.lowering.updates import CONFIG, METHODS, compile_update, gradients
 from benchmarks.models.gpt import GPTConfig
+from optax_unitscale import unit_scale
 
 pytest.importorskip("libtpu", reason="needs the extra aot")
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra aot")
@@ -30,11 +35,6 @@ class Program(NamedTuple):
     leaves: list[Any]
     devices: int
     collectives: list[Collective]
-
-    @property
-    def always(self) -> list[Collective]:
-        """The collectives outside of the rescue."""
-        return [x for x in self.collectives if not x.is_rare]
 
 
 @functools.cache
@@ -61,15 +61,40 @@ def numbers(found: list[Collective]) -> int:
 
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_devices_send_a_float32_a_leaf_in_one_all_reduce_for_each_order_of_axes(topology, method):
+def test_devices_send_three_numbers_a_leaf_in_one_all_reduce_for_each_order_of_axes(
+    topology, method
+):
     program = compiled(TOPOLOGIES[topology], method)
-    rare = [x for x in program.collectives if x.is_rare]
-    for found in (program.always, rare):
-        assert 1 <= len(found) <= ORDERS
-        for x in found:
-            assert (x.kind, x.group) == ("all-reduce", program.devices)
-            assert {dtype for dtype, _ in x.inputs} == {"f32"}
-        assert numbers(found) == split(program) == 27
+    assert 1 <= len(program.collectives) <= ORDERS
+    for x in program.collectives:
+        assert (x.kind, x.group) == ("all-reduce", program.devices)
+        assert {dtype for dtype, _ in x.inputs} == {"f32"}
+    assert split(program) == 27
+    assert numbers(program.collectives) == 3 * 27
+
+
+@pytest.mark.parametrize("topology", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_norms_without_squares_send_two_numbers_a_leaf(norm, topology):
+    program = compiled(TOPOLOGIES[topology], unit_scale(norm))
+    assert {(x.kind, x.group) for x in program.collectives} == {("all-reduce", program.devices)}
+    assert numbers(program.collectives) == 2 * split(program)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_nothing_depends_on_a_branch(topology, method):
+    assert "conditional(" not in compiled(TOPOLOGIES[topology], method).text
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (300,), (64, 128)])
+@pytest.mark.parametrize("platform", ["TPU v5e, 256 chips", "H100, 8 GPUs"])
+def test_compilers_do_not_square_the_powers_of_two_which_would_leave_the_range(platform, shape):
+    mesh = make_mesh(TOPOLOGIES[platform])
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P()))
+    text = compile_update(unit_scale(), {"x": leaf}).as_text() or ""
+    constants = {np.float32(x) for x in re.findall(r"constant\(([-+.\de]+)\)", text)}
+    assert {np.float32(2.0**80), np.float32(2.0**-100)} <= constants
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -80,9 +105,9 @@ def test_where_all_leaves_are_split_alike_there_is_one_all_reduce(platform, meth
     alike = [x for x in jax.tree.leaves(tree) if x.sharding.spec[:1] == ("fsdp",)]
     text = compile_update(METHODS[method], alike).as_text()
     assert len(alike) > 10
-    found = [x for x in collectives(text or "", mesh.size) if not x.is_rare]
+    found = collectives(text or "", mesh.size)
     assert [x.kind for x in found] == ["all-reduce"]
-    assert numbers(found) == len(alike)
+    assert numbers(found) == 3 * len(alike)
 
 
 def dividing() -> optax.GradientTransformation:
@@ -94,7 +119,7 @@ def dividing() -> optax.GradientTransformation:
 def test_sums_of_bfloat16_leaves_are_sent_in_float32_where_the_naive_ones_are_not():
     def sent(method: Any) -> set[str]:
         program = compiled(TOPOLOGIES["TPU v5e, 256 chips"], method, SMALL, jnp.bfloat16)
-        return {dtype for x in program.always for dtype, _ in x.inputs}
+        return {dtype for x in program.collectives for dtype, _ in x.inputs}
 
     assert sent("unit_scale()") == {"f32"}
     assert "bf16" in sent(dividing())
@@ -108,7 +133,7 @@ def flattening() -> optax.GradientTransformation:
 
 @pytest.mark.parametrize("topology", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
 def test_a_norm_of_flattened_leaves_is_seen_to_gather_on_gpu_and_ours_is_not(topology):
-    kinds = {x.kind for x in compiled(TOPOLOGIES[topology], flattening(), SMALL).always}
+    kinds = {x.kind for x in compiled(TOPOLOGIES[topology], flattening(), SMALL).collectives}
     assert ("all-gather" in kinds) == topology.startswith("H100"), kinds
 
 
@@ -125,7 +150,7 @@ ONE_CHIP = {
     "v5e": (Topology("tpu", "v5e:2x2", 1, 1), 2**27 + 2**22),
     "v6e": (Topology("tpu", "v6e:2x2", 1, 1), 2**27 + 2**22),
     "v5p": (Topology("tpu", "v5p:2x2x1", 1, 1), 2**27 + 2**22),
-    "H100": (Topology("cuda", "1x1x1", 1, 1), 2**17),
+    "H100": (Topology("cuda", "1x1x1", 1, 1), 2**18),
 }
 
 
@@ -136,17 +161,20 @@ def test_temporaries_do_not_grow_with_the_gradient(chip, most, method):
     assert memory.temp_size_in_bytes < most < memory.argument_size_in_bytes / 10
 
 
+NAIVE = dict(zip(OURS, ["x * rsqrt(sum(x * x))", "x * rsqrt(sum of all x * x)"], strict=True))
+
+
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize(("chip", "most"), ONE_CHIP.values(), ids=ONE_CHIP)
 def test_a_large_gradient_is_read_once_for_its_norms_and_once_to_be_scaled(chip, most, method):
     program = compiled(chip, method, LARGE)
-    count = reads(program.text, len(program.leaves))
-    # TPUs also copy small leaves to the chip, for a rescue that rarely comes.
-    assert count <= (2.0 if chip.platform == "cuda" else 2.1)
+    assert reads(program.text, len(program.leaves)) <= 2.0
 
 
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_part_that_fits_on_the_chip_is_read_no_oftener(topology, method):
-    program = compiled(TOPOLOGIES[topology], method)
-    assert reads(program.text, len(program.leaves)) <= 2.2
+def test_a_part_that_fits_on_the_chip_is_read_as_often_as_by_the_naive_formula(topology, method):
+    ours, naive = (compiled(TOPOLOGIES[topology], name) for name in (method, NAIVE[method]))
+    count, least = (reads(x.text, len(x.leaves)) for x in (ours, naive))
+    # Compilers decide leaf by leaf what stays on the chip.
+    assert count <= least + 0.03

@@ -1,0 +1,164 @@
+"""`python -m benchmarks lower`: how it reads programs, its forecast, its results, its refusals.
+
+That it compiles for TPU and GPU is tested in tests/aot.
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.__main__ import main
+from benchmarks.lowering import forecast
+from benchmarks.lowering.programs import Collective, collectives, reads, wire_bytes
+from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
+from benchmarks.lowering.updates import METHODS
+from optax_unitscale import unit_scale
+
+RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "compiled"
+RECORDED = json.loads((RESULTS / "lower.json").read_text())
+INSTALLED = any(map(is_installed, TOPOLOGIES.values()))
+
+
+def compiled(function, spec):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), (AxisType.Auto,) * 2, devices=jax.devices("cpu"))
+    leaf = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+    return jax.jit(function).lower(leaf).compile().as_text()
+
+
+def update(x):
+    return unit_scale().update(x, optax.EmptyState())[0]
+
+
+def test_the_all_reduce_of_a_norm_is_found_and_so_is_that_in_a_branch():
+    found = collectives(compiled(update, P(("a", "b"))), 8)
+    assert found == [Collective("all-reduce", (("f32", 1),), 8)] * 2
+
+
+def test_the_devices_of_one_axis_are_counted():
+    (found,) = collectives(compiled(lambda x: jnp.sum(x, axis=0), P("a")), 8)
+    assert found == Collective("all-reduce", (("f32", 8),), 4)
+    assert wire_bytes(found) == 2 * 32 * 3 / 4
+
+
+GATHER = """
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[16,8]{1,0} all-gather(%x), channel_id=1, replica_groups=GROUPS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0), dimensions={0}", 2),
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("{}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0':(1)2,'axis_1'}", 4),
+    ],
+)
+def test_every_way_of_writing_who_takes_part_is_read(groups, size):
+    (found,) = collectives(GATHER.replace("GROUPS", groups), 8)
+    assert found == Collective("all-gather", (("f32", 32),), size)
+    assert wire_bytes(found) == 128 * (size - 1)
+
+
+COPIED = """
+ENTRY %main (x: f32[8,128], y: f32[4,128], z: f32[512]) -> (f32[8,128], f32[4,128]) {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %y = f32[4,128]{1,0:T(4,128)} parameter(1)
+  %z = f32[512]{0:T(512)} parameter(2)
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %sum.1 = f32[]{:T(128)} fusion(%near), kind=kLoop, calls=%sum
+  %bytes = s8[2048]{0} bitcast(%y)
+  %half = ((s8[2048]{0}), s8[1024]{0:S(1)}, s32[]{:S(2)}) slice-start(%bytes), slice={[0:1024]}
+  %sum.2 = f32[] fusion(%sum.1, /*index=1*/%near), kind=kLoop, calls=%sum
+  %large.1 = f32[8,128]{1,0} fusion(%near, %sum.2), kind=kLoop, calls=%scale
+  %small.1 = f32[4,128]{1,0} fusion(%y, %sum.2, %z), kind=kLoop, calls=%scale
+  ROOT %result = (f32[8,128]{1,0}, f32[4,128]{1,0}) tuple(%large.1, %small.1)
+}
+"""
+
+
+def test_copies_to_the_chip_slices_and_uses_count_as_reads():
+    # The first once, by its copy; the second in half and then whole; the third does not count.
+    assert reads(COPIED, leaves=2) == (4096 + 1024 + 2048) / (4096 + 2048)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_on_cpu_too_every_pass_over_the_gradient_is_counted(count):
+    def passes(x):
+        sums = []
+        for _ in range(count):
+            # What depends on the last sum cannot be taken with it.
+            sums.append(jnp.sum(jnp.sin(x + (sums[-1] if sums else 0.0))))
+        return sums[-1]
+
+    text = jax.jit(passes).lower(jax.ShapeDtypeStruct((4096,), jnp.float32)).compile().as_text()
+    assert reads(text, leaves=1) == count
+
+
+def test_a_share_of_a_step_follows_its_formula():
+    chip = forecast.CHIPS["TPU v5e"]
+    model = forecast.MODELS["70 B"]
+    found = forecast.share(chip, model, 1024, all_reduces=2)
+    step = 6 * 70e9 * 4e6 / (1024 * 197e12 * 0.4)
+    # Four pods of 16 by 16: 16 hops there and 16 back, and two messages each way between pods.
+    latency = 32e-6 + 2 * 2 * 50e-6
+    update = 3 * 4 * 70e9 / (1024 * 819e9) + 2 * latency + 24 * (12 * 80 + 6) / 400e9
+    assert math.isclose(found["step"], step)
+    assert math.isclose(found["update"], update)
+    assert math.isclose(found["share"], update / (step + update))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_recorded_programs_hold_what_is_said_of_them(topology):
+    rows = RECORDED["results"][topology]
+    assert list(rows) == list(METHODS)
+    for name in ("unit_scale()", 'unit_scale(scope="global")'):
+        row = rows[name]
+        assert list(row["collectives"]) == ["all-reduce"]
+        assert row["wire_bytes"] < 24 * row["leaves"]
+        assert row["reused_bytes"] == row["gradient_bytes"]
+    assert rows["optax.contrib.muon(0.02)"]["collectives"]["all-gather"] > 10
+
+
+def test_the_recorded_forecast_is_that_of_the_recorded_programs():
+    shares = forecast.shares(RECORDED["results"])
+    assert RECORDED["forecast"] == {"formula": forecast.FORMULA, "shares": shares}
+    assert (RESULTS / "forecast.md").read_text() == forecast.as_markdown(shares)
+    assert len(shares) == len(forecast.CHIPS) * len(forecast.MODELS) * len(forecast.COUNTS)
+
+
+@pytest.mark.skipif(INSTALLED, reason="the compilers are installed")
+def test_without_the_compilers_each_topology_has_one_line_that_names_the_extra(tmp_path, capsys):
+    assert main(["lower", "--out", str(tmp_path / "new")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": left out")[0] for line in lines] == list(TOPOLOGIES)
+    assert all("pip install '.[bench,aot]'" in line for line in lines)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (["--topology", "abacus"], "argument --topology: invalid choice: 'abacus'"),
+        (["--method", "magic"], "argument --method: invalid choice: 'magic'"),
+    ],
+)
+def test_a_wrong_value_is_answered_by_one_line(options, answer, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["lower", *options])
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m benchmarks lower: {answer}")
+    assert said.count("\n") == 1
