@@ -2,10 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-__all__ = ["Parser", "positive_number", "whole_number"]
+__all__ = ["Parser", "mesh_sizes", "positive_number", "whole_number"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,3 +37,19 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
+
+
+def mesh_sizes(axes: Sequence[str]) -> Callable[[str], dict[str, int]]:
+    """A parser of the sizes of a mesh's axes, such as "data=2,fsdp=4", each at most once."""
+    wanted = f"expected sizes such as {','.join(f'{axis}=2' for axis in axes)}"
+
+    def parse(text: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            axis, _, size = part.partition("=")
+            if axis not in axes or axis in sizes or not size.isdecimal() or int(size) < 1:
+                raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}")
+            sizes[axis] = int(size)
+        return sizes
+
+    return parse

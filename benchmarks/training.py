@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import optimizers
+from benchmarks.sharding import Layout
 from benchmarks.tasks import Task
 
 __all__ = ["Config", "Log", "describe", "train"]
@@ -39,23 +40,32 @@ class Config:
 
 
 class Log:
-    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent."""
+    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent.
+
+    Attributes:
+      writes: whether changes reach the file. Of several processes one writes; the others keep the
+        same entries in memory.
+    """
 
     def __init__(self, path: pathlib.Path):
-        path.touch()
         self.path = path
+        self.writes = True
+        text = path.read_text() if path.exists() else ""
         # A process that was killed may have left half a line behind, always the last.
-        self.entries: list[Entry] = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
+        self.entries: list[Entry] = [json.loads(x) for x in text.split("\n")[:-1]]
 
     def append(self, **entry: Any) -> None:
         """Adds an entry and hands it to the operating system."""
         self.entries.append(entry)
-        with self.path.open("a") as file:
-            file.write(_line(entry))
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(_line(entry))
 
     def keep(self, wanted: Callable[[Entry], bool]) -> None:
         """Drops the entries that are not wanted, and replaces the file in one move."""
         self.entries = [entry for entry in self.entries if wanted(entry)]
+        if not self.writes:
+            return
         whole = self.path.with_suffix(".new")
         whole.write_text("".join(map(_line, self.entries)))
         whole.replace(self.path)
@@ -65,7 +75,7 @@ class Log:
         return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
 
 
-def describe(config: Config) -> Entry:
+def describe(config: Config, layout: Layout) -> Entry:
     """The entry that opens a run: its configuration, its data, and what computed it."""
     packages = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
     return {
@@ -73,18 +83,27 @@ def describe(config: Config) -> Entry:
         **dataclasses.asdict(config),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(layout.mesh.shape) if layout.mesh else None,
+        "processes": jax.process_count(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def train(
-    config: Config, task: Task, log: Log, checkpoints: pathlib.Path, every: int
+    config: Config,
+    task: Task,
+    log: Log,
+    checkpoints: pathlib.Path,
+    every: int,
+    layout: Layout,
 ) -> Iterator[tuple[int, float]]:
     """Trains from the last checkpoint, or from the start, and yields `(step, loss)` after each.
 
     Every step is a function of the state and of `(seed, step)` alone, so a run that was killed and
     goes on from a checkpoint ends in the same bits as one that never stopped, given the same
-    versions and the same number of CPU cores: XLA divides its sums among the cores.
+    versions and the same number of CPU cores: XLA divides its sums among the cores. On a mesh the
+    same holds for the same mesh; another mesh, or one device, gives the same losses to within
+    rounding. The processes of a run share the folder of checkpoints and call this alike.
 
     Args:
       config: the run.
@@ -92,6 +111,7 @@ def train(
       log: receives the run, every step, and twenty evaluations.
       checkpoints: the folder of this run's checkpoints, made where missing.
       every: steps between checkpoints; the last step is always kept.
+      layout: on which devices; a run may go on with another.
 
     Returns:
       An iterator that trains as it is advanced; closing it early is safe.
@@ -99,7 +119,9 @@ def train(
     model = task.model(config.seed)
     transformation = optimizers.make(config.optimizer, config.learning_rate, config.steps)
     graph, state = nnx.split((model, nnx.Optimizer(model, transformation, wrt=nnx.Param)))
-    step_function = _compile(graph, task)
+    state = layout.place(state)
+    rows = layout.rows(config.batch_size)
+    step_function = _compile(graph, task, layout, state)
     evaluate_at = {max(1, config.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
@@ -109,31 +131,34 @@ def train(
             nnx.replace_by_pure_dict(state, manager.restore(done, args=target))
         log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
         if not log.of("run", config.optimizer):
-            log.append(**describe(config))
+            log.append(**describe(config, layout))
         for step in range(done + 1, config.steps + 1):
             start = time.perf_counter()
-            state, loss, norms = step_function(
-                state, task.batch(config.seed, step, config.batch_size)
-            )
+            batch = task.batch(config.seed, step, config.batch_size, rows)
+            batch = layout.place_batch(batch, config.batch_size)
+            state, loss, norms = step_function(state, batch)
             loss, norms = jax.device_get((loss, norms))
             seconds = time.perf_counter() - start
             entry: Entry = {"optimizer": config.optimizer, "step": step}
             norms = {name: _number(norm) for name, norm in norms.items()}
             log.append(kind="step", **entry, loss=_number(loss), seconds=seconds, norms=norms)
             if step in evaluate_at:
-                value = task.evaluate(nnx.merge(graph, state)[0])
+                value = task.evaluate(layout.collect(nnx.merge(graph, state)[0]))
                 log.append(kind="evaluation", **entry, value=_number(value))
             # After the log, so that a checkpoint is never ahead of it.
             if step % every == 0 or step == config.steps:
                 manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
             yield step, float(loss)
         if not log.of("sample", config.optimizer):
-            text = task.sample(nnx.merge(graph, state)[0], config.seed)
+            text = task.sample(layout.collect(nnx.merge(graph, state)[0]), config.seed)
             log.append(kind="sample", optimizer=config.optimizer, text=text)
 
 
-def _compile(graph: Any, task: Task) -> Callable[..., Any]:
-    @functools.partial(jax.jit, donate_argnums=0)
+def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[..., Any]:
+    whole = layout.replicated
+    outputs = (layout.shardings(state), whole, whole)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=outputs)
     def step(state, batch):
         model, optimizer = nnx.merge(graph, state)
         loss, gradients = nnx.value_and_grad(task.loss)(model, batch)

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import training
 from benchmarks.__main__ import main
 from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.sharding import Layout
 from benchmarks.tasks import language_modelling
 from benchmarks.training import Log
 
@@ -142,7 +143,7 @@ def test_leftover_checkpoints_are_neither_adopted_nor_overwritten(tmp_path, caps
 
 def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
     config = training.Config("language_modelling", "0", "sgd", 0.1, STEPS, 2, 0)
-    training.Log(tmp_path / "metrics.jsonl").append(**training.describe(config))
+    training.Log(tmp_path / "metrics.jsonl").append(**training.describe(config, Layout()))
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--optimizer", "sgd", "--out", str(tmp_path), "--resume"])
     assert "has data_sha256 0 for sgd, not " in capsys.readouterr().err

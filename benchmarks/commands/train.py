@@ -1,23 +1,24 @@
 """Trains the same model on the same batches with each optimizer, and compares them."""
 
 import argparse
-import dataclasses
-import datetime
+import functools
 import pathlib
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 
 import matplotlib as mpl
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import interrupt, report, training
+from benchmarks import interrupt, processes, report, runs, training
 from benchmarks.arguments import Parser, positive_number, whole_number
 from benchmarks.optimizers import OPTIMIZERS, default_learning_rate
+from benchmarks.sharding import Layout
 from benchmarks.tasks import TASKS, Task, load
 
 __all__ = ["add_arguments", "run"]
 
-RUNS = pathlib.Path("runs")
 # jax.random.key ignores the bits above.
 LARGEST_SEED = 2**32 - 1
 
@@ -82,14 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where the run in --out, or the newest under runs/, stopped",
     )
+    processes.add_arguments(parser)
 
 
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Trains, writes, prints; returns the exit status."""
-    console = Console()
     names = list(dict.fromkeys(options.optimizer or OPTIMIZERS))
-    out = _folder(parser, options)
     task = load(options.task)
+    batch_size = options.batch_size or task.batch_size
+    processes.check_arguments(parser, options, batch_size)
+    out = runs.folder(parser, options)
     configs = [
         training.Config(
             task=options.task,
@@ -97,25 +100,33 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             optimizer=name,
             learning_rate=options.learning_rate or default_learning_rate(name),
             steps=options.steps,
-            batch_size=options.batch_size or task.batch_size,
+            batch_size=batch_size,
             seed=options.seed,
         )
         for name in names
     ]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
         log = training.Log(out / "metrics.jsonl")
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: cannot use {out}: {error}")
-    _check_same_run(parser, log, configs)
-    console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
-    with interrupt.deferred() as stop:
-        with report.progress(console) as bar:
-            for config in configs:
-                if not stop.is_set():
-                    _train(bar, config, task, log, out, options.checkpoint_every, stop)
-        _show(console, log, names, task, out)
-    if stop.is_set():
+    runs.check_same(parser, log, configs)
+    same = (configs, options.mesh, options.checkpoint_every, log.entries)
+    with processes.joined(parser, options, batch_size, same) as mesh:
+        layout = Layout(mesh)
+        log.writes = processes.is_first()
+        console = Console(quiet=not log.writes)
+        console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
+        train = functools.partial(
+            training.train, task=task, log=log, every=options.checkpoint_every, layout=layout
+        )
+        with interrupt.deferred() as stop:
+            with report.progress(console) as bar:
+                finished = _train(bar, configs, task.tokens, train, out / "checkpoints", stop)
+            if log.writes:
+                _show(console, log, names, task, out)
+    if not finished:
         console.print(f"Stopped. Go on with the same options and --resume --out {out}")
         return interrupt.INTERRUPTED
     return 0
@@ -123,22 +134,24 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
 def _train(
     bar: Progress,
-    config: training.Config,
-    task: Task,
-    log: training.Log,
-    out: pathlib.Path,
-    checkpoint_every: int,
+    configs: list[training.Config],
+    tokens: int,
+    train: Callable[..., Iterator[tuple[int, float]]],
+    checkpoints: pathlib.Path,
     stop: threading.Event,
-) -> None:
-    row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
-    tokens = config.batch_size * task.tokens
-    folder = out / "checkpoints" / config.optimizer
-    for step, loss in training.train(config, task, log, folder, checkpoint_every):
-        rate = tokens * (bar.tasks[row].speed or 0.0)
-        bar.update(row, completed=step, loss=loss, rate=rate)
-        if stop.is_set():
-            return
-    bar.update(row, completed=config.steps)
+) -> bool:
+    """Trains with one optimizer after the other; whether to the end."""
+    moment = 0
+    for config in configs:
+        row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
+        for step, loss in train(config, checkpoints=checkpoints / config.optimizer):
+            rate = config.batch_size * tokens * (bar.tasks[row].speed or 0.0)
+            bar.update(row, completed=step, loss=loss, rate=rate)
+            moment += 1
+            if processes.stopped(stop, moment):
+                return False
+        bar.update(row, completed=config.steps)
+    return True
 
 
 def _show(
@@ -155,36 +168,3 @@ def _show(
     report.plot_gradient_norms(log, started, out / "gradient_norms.png")
     for name in ("losses.png", "gradient_norms.png", "metrics.jsonl"):
         console.print(f"wrote {out / name}", soft_wrap=True)
-
-
-def _folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path:
-    if options.out is None:
-        earlier = sorted(RUNS.glob("train-*"))
-        if options.resume and earlier:
-            return earlier[-1]
-        return RUNS / f"train-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    parts = [options.out / name for name in ("metrics.jsonl", "checkpoints")]
-    if any(part.exists() for part in parts) and not options.resume:
-        parser.error(
-            f"argument --out: {options.out} holds a run; add --resume to go on with it, or name "
-            "another folder"
-        )
-    return options.out
-
-
-def _check_same_run(parser: Parser, log: training.Log, configs: list[training.Config]) -> None:
-    for config in configs:
-        runs = log.of("run", config.optimizer)
-        # Without its configuration a checkpoint could be any run's.
-        if not runs and any((log.path.parent / "checkpoints" / config.optimizer).glob("*")):
-            parser.error(
-                f"argument --resume: {log.path} does not say which run the checkpoints of "
-                f"{config.optimizer} belong to; restore that file or name another folder for --out"
-            )
-        for saved in runs:
-            for field, value in dataclasses.asdict(config).items():
-                if saved[field] != value:
-                    parser.error(
-                        f"argument --resume: the run in {log.path.parent} has {field} "
-                        f"{saved[field]} for {config.optimizer}, not {value}; repeat its options"
-                    )

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-__all__ = ["TASKS", "Task", "load"]
+__all__ = ["TASKS", "Rows", "Task", "load"]
 
 Batch = Any
+Rows = slice | np.ndarray
 
 # Each module here has a function `load` that returns its Task.
 TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -28,7 +30,8 @@ class Task:
       batch_size: examples in a batch unless the user says otherwise.
       tokens: how many tokens one example holds, for the throughput.
       model: makes the model from a seed.
-      batch: the training batch of `(seed, step, batch_size)`, a pure function.
+      batch: those rows of a training batch that `(seed, step, batch_size, rows)` names by a slice
+        or by indices, a pure function; its leaves' first axis is the row.
       loss: the scalar training loss of a model on a batch.
       evaluate: the metric of a model on the validation split.
       sample: what the model makes of an unseen input, as text, from a seed.
@@ -40,7 +43,7 @@ class Task:
     batch_size: int
     tokens: int
     model: Callable[[int], nnx.Module]
-    batch: Callable[[int, int, int], Batch]
+    batch: Callable[..., Batch]
     loss: Callable[[Any, Batch], jax.Array]
     evaluate: Callable[[Any], float]
     sample: Callable[[Any, int], str]

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from benchmarks.models.gpt import GPT, GPTConfig
-from benchmarks.tasks import Task
+from benchmarks.tasks import Rows, Task
 
 __all__ = ["load", "splits"]
 
@@ -47,11 +47,11 @@ def load() -> Task:
     )
 
 
-def _batch(seed: int, step: int, batch_size: int) -> np.ndarray:
+def _batch(seed: int, step: int, batch_size: int, rows: Rows) -> np.ndarray:
     """Random windows of the training text, one token longer than the context."""
     text = splits()["train"]
     rng = np.random.default_rng((seed, step))
-    starts = rng.integers(len(text) - CONFIG.context, size=batch_size)
+    starts = rng.integers(len(text) - CONFIG.context, size=batch_size)[rows]
     return text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
 
 
