@@ -46,5 +46,6 @@ def catch_abort(line: str) -> None:
 def end(line: str) -> NoReturn:
     """Ends the process at once: JAX's own end would wait for those that died."""
     with _ending:
-        os.write(sys.stderr.fileno(), line.encode())
+        # A progress bar may stand on the last line.
+        os.write(sys.stderr.fileno(), f"\n{line}".encode())
         os._exit(1)
