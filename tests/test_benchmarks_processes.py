@@ -88,21 +88,25 @@ def test_a_mesh_of_four_devices_gives_the_losses_of_one(alone, tmp_path):
     check_same_curve(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(2, "data=1,fsdp=4"), (4, None)])
-def test_several_processes_give_the_losses_of_one_and_only_the_first_speaks(
-    count, mesh, alone, tmp_path
-):
-    first, *others = finish(start_all(tmp_path / "run", count, *(["--mesh", mesh] if mesh else [])))
-    assert "bits per character" in first
-    assert others == [""] * (count - 1)
-    (run,) = entries(tmp_path / "run", "run")
-    assert run["processes"] == count
-    check_same_curve(tmp_path / "run", alone)
-    (sample,) = entries(tmp_path / "run", "sample")
+def check_written_by(count: int, out: pathlib.Path) -> None:
+    """Each process has written what its devices hold, and one of them the sample."""
+    last = out / "checkpoints" / "unit_scale" / str(STEPS) / "default"
+    names = {path.name for path in last.iterdir()}
+    assert {f"ocdbt.process_{k}" for k in range(count)} < names
+    assert f"ocdbt.process_{count}" not in names
+    (sample,) = entries(out, "sample")
     assert len(sample["text"]) > 50
-    last = tmp_path / "run" / "checkpoints" / "unit_scale" / str(STEPS) / "default"
-    written = {path.name for path in last.iterdir()}
-    assert {f"ocdbt.process_{k}" for k in range(count)} < written
+
+
+def test_two_processes_give_the_losses_of_one_and_only_the_first_speaks(alone, tmp_path):
+    out = tmp_path / "run"
+    first, second = finish(start_all(out, 2, "--mesh", "data=1,fsdp=4"))
+    assert "bits per character" in first
+    assert second == ""
+    (run,) = entries(out, "run")
+    assert (run["mesh"], run["processes"]) == ({"data": 1, "fsdp": 4}, 2)
+    check_same_curve(out, alone)
+    check_written_by(2, out)
 
 
 def kill(processes: list[subprocess.Popen[str]], index: int, out: pathlib.Path) -> str:
@@ -126,9 +130,9 @@ def wait_for(path: pathlib.Path, processes: list[subprocess.Popen[str]]) -> None
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("killed", [0, 1], ids=["first", "second"])
-def test_when_one_is_killed_the_other_says_so_within_a_minute_and_more_go_on(
-    killed, alone, tmp_path
+@pytest.mark.parametrize(("killed", "others"), [(0, 1), (1, 4)], ids=["first", "second"])
+def test_when_one_is_killed_the_other_says_so_within_a_minute_and_one_or_four_go_on(
+    killed, others, alone, tmp_path
 ):
     out = tmp_path / "run"
     said = kill(start_all(out, 2, "--mesh", "fsdp=2"), killed, out)
@@ -138,8 +142,9 @@ def test_when_one_is_killed_the_other_says_so_within_a_minute_and_more_go_on(
     assert "Traceback" not in said
     reached = entries(out, "step")[-1]["step"]
     assert 4 <= reached < STEPS
-    finish(start_all(out, 4, "--resume") if killed else [start(out, "--resume")])
+    finish(start_all(out, 4, "--resume") if others > 1 else [start(out, "--resume")])
     check_same_curve(out, alone)
+    check_written_by(others, out)
 
 
 def test_ctrl_c_on_one_stops_both_with_a_run_that_can_go_on(tmp_path):
