@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 __all__ = ["axes_of", "combine", "total_size"]
@@ -54,6 +55,9 @@ def combine(
     complete: list[list[jax.Array]] = [[] for _ in partials]
     for axes, groups in here.items():
         values = [_reduce(values, kind) for values in groups.values()]
+        if axes and kind == "max":
+            # A maximum over devices may lose a NaN, but no infinity, which ends as one too.
+            values = [jnp.where(jnp.isnan(value), jnp.inf, value) for value in values]
         for group, value in zip(groups, collective(values, axes) if axes else values, strict=True):
             complete[group].append(value)
     return [_reduce(values, kind) for values in complete]
