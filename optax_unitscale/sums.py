@@ -135,16 +135,20 @@ def _partials(
 def _partial(
     norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | float
 ) -> jax.Array:
-    parts = real_parts(x, dtype)
     if isinstance(scale, jax.Array):
         # Tied to the leaf, for leaves of one shape that shared a scale would also share its
-        # broadcast: a temporary of their size.
-        own, _ = lax.optimization_barrier((scale, x))
-        parts = [lax.mul(part, lax.expand_dims(own, axes)) for part in parts]
-    elif scale != 1:
-        # Hidden, or XLA may square the scale first, which leaves the range.
-        hidden = lax.optimization_barrier(jnp.asarray(scale, dtype))
-        parts = [lax.mul(part, lax.broadcast(hidden, part.shape)) for part in parts]
+        # broadcast: a temporary of their size. And of a leaf that XLA knows it would square the
+        # scale first, which leaves the range.
+        scale, x = lax.optimization_barrier((scale, x))
+        parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
+    elif scale == 1:
+        parts = real_parts(x, dtype)
+    else:
+        parts = [lax.mul(part, lax.full_like(part, scale)) for part in real_parts(x, dtype)]
+        if norm == "l2":
+            # Bounded for the same reason.
+            bound = float(jnp.finfo(dtype).max)
+            parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)

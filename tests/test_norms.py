@@ -201,6 +201,21 @@ def test_gradient_norms_are_exact_where_float32_squares_are_not():
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_what_xla_knows_of_a_gradient_changes_nothing(norm):
+    for shape, value in itertools.product([(), (4,), (4, 16)], [0.0, 1e-30, 1.0, 1e25, 1e37]):
+        gradient = np.full(shape, value, np.float32)
+
+        def update(_, shape=shape, value=value):
+            return scaled(jnp.full(shape, value), norm)
+
+        for result in (jax.jit(update)(0), as_for_gpu(update, 0)(0)):
+            if value:
+                check_group([result], [gradient], norm)
+            else:
+                np.testing.assert_array_equal(result, gradient)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_groups_of_one_element_become_exactly_one_or_minus_one(norm, dtype):
     column = sample((500, 1), dtype, 1e-3)
