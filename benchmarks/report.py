@@ -105,7 +105,8 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
             label=name,
         )
     right.axhline(task.target, color="grey", linestyle=":", label=f"target {task.target:g}")
-    left.set(title="Training, running mean", xlabel="step", ylabel="loss [nats per token]")
+    left.set(title="Training, running mean over 2.5 % of the steps")
+    left.set(xlabel="step", ylabel="loss [nats per token]")
     right.set(title="Validation", xlabel="step", ylabel=task.metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,25 +1,44 @@
-"""A run's folder: which one it is, and whether what it holds is the same run."""
+"""A run's folder: which one it is, that it can be used, and whether it holds the same run."""
 
 import argparse
 import dataclasses
 import datetime
 import pathlib
+import tempfile
+from typing import NoReturn
 
 from benchmarks import training
 from benchmarks.arguments import Parser
 
-__all__ = ["check_same", "folder"]
+__all__ = ["check_same", "folder", "make", "open_log"]
 
 RUNS = pathlib.Path("runs")
 
 
-def folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path:
-    """The folder that --out and --resume ask for."""
+def make(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path:
+    """Makes the folder that --out names, or a new one under runs/, if it can be written to."""
+    out = out or RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except (OSError, ValueError) as error:
+        _cannot_use(parser, out, error)
+    return out
+
+
+def open_log(parser: Parser, out: pathlib.Path) -> training.Log:
+    """The log in a run's folder."""
+    try:
+        return training.Log(out / "metrics.jsonl")
+    except (OSError, ValueError) as error:
+        _cannot_use(parser, out, error)
+
+
+def folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path | None:
+    """The folder that --out and --resume ask for; None for a new one."""
     if options.out is None:
         earlier = sorted(RUNS.glob("train-*"))
-        if options.resume and earlier:
-            return earlier[-1]
-        return RUNS / f"train-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        return earlier[-1] if options.resume and earlier else None
     parts = [options.out / name for name in ("metrics.jsonl", "checkpoints")]
     if any(part.exists() for part in parts) and not options.resume:
         parser.error(
@@ -46,3 +65,7 @@ def check_same(parser: Parser, log: training.Log, configs: list[training.Config]
                         f"argument --resume: the run in {log.path.parent} has {field} "
                         f"{saved[field]} for {config.optimizer}, not {value}; repeat its options"
                     )
+
+
+def _cannot_use(parser: Parser, out: pathlib.Path, error: Exception) -> NoReturn:
+    parser.error(f"argument --out: cannot use {out}: {error}")

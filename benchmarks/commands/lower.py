@@ -1,7 +1,6 @@
 """Compiles unit_scale and Optax's methods for TPUs and GPUs, none of which has to be there."""
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import pathlib
@@ -14,14 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from benchmarks import runs
 from benchmarks.arguments import Parser
 from benchmarks.lowering import forecast
 from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
 from benchmarks.lowering.updates import CONFIG, METHODS, measure
 
 __all__ = ["add_arguments", "run"]
-
-RUNS = pathlib.Path("runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +60,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             )
     if not names:
         return 1
-    out = options.out or RUNS / f"lower-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --out: cannot use {out}: {error}")
+    out = runs.make(parser, options.out, "lower")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with Progress(*columns, console=console) as progress:

@@ -1,7 +1,6 @@
 """Times unit_scale and its alternatives on the gradients of GPTs, against the naive division."""
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import os
@@ -24,13 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks import runs
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.models.gpt import GPT, GPTConfig
 from optax_unitscale import unit_scale
 
 __all__ = ["MODELS", "SCOPES", "add_arguments", "run", "time_all"]
 
-RUNS = pathlib.Path("runs")
 WARM_UP = 3
 MODELS = {
     "1M": GPTConfig(vocabulary=256, context=256, depth=4, heads=4, width=144),
@@ -99,11 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
     console = Console()
-    out = options.out or RUNS / f"speed-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --out: cannot use {out}: {error}")
+    out = runs.make(parser, options.out, "speed")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     results = {}
     with Progress(*columns, console=console) as progress:

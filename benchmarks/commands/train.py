@@ -3,7 +3,6 @@
 import argparse
 import functools
 import pathlib
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
@@ -105,12 +104,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         )
         for name in names
     ]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        log = training.Log(out / "metrics.jsonl")
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --out: cannot use {out}: {error}")
+    out = runs.make(parser, out, "train")
+    log = runs.open_log(parser, out)
     runs.check_same(parser, log, configs)
     same = (configs, options.mesh, options.checkpoint_every, log.entries)
     with processes.joined(parser, options, batch_size, same) as mesh:

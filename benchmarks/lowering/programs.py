@@ -16,8 +16,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# Names for the same memory, and what does not touch it.
-_ALIASES = ("bitcast", "get-tuple-element", "tuple", "opt-barrier", "parameter")
 
 
 class Instruction(NamedTuple):
@@ -105,18 +103,21 @@ def reads(program: str, leaves: int) -> float:
         for x in entry
         if x.opcode == "parameter" and int(x.operands[0]) < leaves
     }
-    owners = {name: name for name in sizes}
+    # What each name holds: a parameter, or for a tuple one for each part, and else None.
+    held: dict[str, list[str | None]] = {name: [name] for name in sizes}
     total = 0
     for x in entry:
-        used = {owners[name] for name in x.operands if name in owners}
-        if x.opcode == "bitcast" and used:
-            owners[x.name] = used.pop()
-        elif x.opcode in ("slice", "slice-start") and used:
+        used = [name for operand in x.operands for name in held.get(operand, [None])]
+        if x.opcode == "get-tuple-element":
+            held[x.name] = used[int(re.findall(r"index=(\d+)", x.attributes)[0]) :][:1]
+        elif x.opcode in ("bitcast", "opt-barrier", "tuple"):
+            held[x.name] = used
+        elif x.opcode in ("slice", "slice-start") and any(used):
             # The type of a start holds those of its operands first.
             first = 1 if x.opcode == "slice-start" else 0
             total += _bytes(_shapes(x.type)[first : first + 1])
-        elif x.opcode not in _ALIASES:
-            total += sum(sizes[name] for name in used)
+        elif x.opcode != "parameter":
+            total += sum(sizes[name] for name in set(used) if name)
     return total / sum(sizes.values())
 
 
