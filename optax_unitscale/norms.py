@@ -1,26 +1,29 @@
 """The four norms: from a sum to a norm, its derivative, and the division by it."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
 from optax_unitscale.sums import (
     RANGES,
+    SafeSum,
+    accumulator,
     complex_of,
-    count,
     real_parts,
-    safe_sums,
+    sums_at_every_scale,
+    sums_with_rescue,
     with_mesh_axes,
 )
+from optax_unitscale.wide import enable_x64, wide_norms
 
-__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms", "root"]
+__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
 
 
 class ScaledNorm(NamedTuple):
@@ -34,17 +37,20 @@ class ScaledNorm(NamedTuple):
 
 
 class Divisor(NamedTuple):
-    """A norm to divide by: `value`, 1 for 0, and `inverse`, which alone says all.
+    """A norm to divide by: `value / factor`, and `inverse`, 1 / value; 1 and 0 for 0.
 
-    It is 1 / value, 0 for 0, and negative where the norm's `factor` is not 1. Made by a division
-    after all other arithmetic, it is the one number that XLA's loop over a leaf waits for; a loop
-    that waits for two takes a fifth longer on CPU.
+    On the way to `inverse` and `factor` stands one number, made by a division after all other
+    arithmetic, so that XLA's loop over a leaf waits for that number only; a loop that waits for
+    two takes a fifth longer on CPU.
     """
 
     value: jax.Array
+    factor: jax.Array
     inverse: jax.Array
 
 
+# Above, a float32 norm is held times the factor.
+_HUGE = 2.0**100
 _HUGE_FACTOR = 2.0**-40
 
 
@@ -53,7 +59,7 @@ def group_norms(
 ) -> list[ScaledNorm]:
     """The norm of every group, exact over the whole range of the dtype.
 
-    Accumulated as `safe_sums` says. The derivative is that of the norm, and 0 where the norm is 0.
+    The derivative is that of the norm, and 0 where the norm is 0.
 
     Args:
       norm: "l2", "l1" or "linf"; or "rms", whose l2 norm is returned, for the rms itself can be
@@ -68,7 +74,11 @@ def group_norms(
 
     @jax.custom_jvp
     def values(leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
-        return _norms(norm, groups, leaves)
+        return lax.platform_dependent(
+            leaves,
+            cpu=functools.partial(_on_cpu, norm, groups),
+            default=functools.partial(_elsewhere, norm, groups),
+        )
 
     @values.defjvp
     def _(primals, tangents):
@@ -77,22 +87,22 @@ def group_norms(
         along = _slopes(norm, groups, norms, leaves, slopes)
         return norms, [ScaledNorm(slope, jnp.zeros_like(slope)) for slope in along]
 
-    return values(leaves)
+    return values(list(leaves)) if groups else []
 
 
-def root(norm: str, group: Group, leaves: Sequence[jax.Array]) -> float:
-    """The ratio of what `group_norms` measures to the norm: √n for the rms of n elements."""
-    return math.sqrt(count(group, leaves)) if norm == "rms" else 1.0
-
-
+@jax.jit
 def divisor(by: ScaledNorm) -> Divisor:
     """Prepares to divide by a norm; dividing by 0 gives 0."""
-    is_zero = by.value == 0
-    value = jnp.where(is_zero, 1, by.value)
-    sign = jnp.where(is_zero, 0, jnp.where(by.factor < 1, -1, 1)).astype(value.dtype)
-    return Divisor(value, sign / value)
+    zero, one = lax.full_like(by.value, 0), lax.full_like(by.value, 1)
+    is_zero = lax.eq(by.value, zero)
+    value = lax.select(is_zero, one, by.value)
+    sign = lax.select(lax.lt(by.factor, one), lax.neg(one), one)
+    signed = lax.div(lax.select(is_zero, zero, sign), value)
+    factor = lax.select(lax.lt(signed, zero), lax.full_like(one, _HUGE_FACTOR), one)
+    return Divisor(value, factor, lax.abs(signed))
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "root"))
 def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) -> jax.Array:
     """One leaf times `root` over its norm, in the norm's dtype, rounded once to the leaf's.
 
@@ -105,13 +115,11 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
     Returns:
       The quotient, of the leaf's shape and dtype.
     """
-    value, inverse = (lax.expand_dims(part, axes) for part in by)
-    is_huge = lax.lt(inverse, lax.full_like(inverse, 0))
-    # The root comes before the division, after which what is small would be lost; and not as a
-    # constant, which XLA would multiply with the inverse.
-    factor = jnp.where(is_huge, _HUGE_FACTOR * root, root).astype(inverse.dtype)
+    # The root comes before the division, after which what is small would be lost.
+    factor = by.factor if root == 1 else lax.mul(by.factor, lax.full_like(by.factor, root))
+    value, factor, inverse = (lax.expand_dims(y, axes) for y in (by.value, factor, by.inverse))
     parts = [lax.mul(part, factor) for part in real_parts(x, value.dtype)]
-    parts = [_over(part, value, lax.abs(inverse)) for part in parts]
+    parts = [_over(part, value, inverse) for part in parts]
     return lax.convert_element_type(complex_of(parts), x.dtype)
 
 
@@ -130,20 +138,43 @@ def _(primals, tangents):
     return result, _over(dx, value, inverse) - result * _over(dvalue, value, inverse)
 
 
-def _norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
-    norms = []
-    for total, scale in safe_sums(norm, groups, leaves):
-        safe = RANGES[total.dtype]
-        one = lax.full_like(scale, 1)
-        is_huge = lax.lt(scale, one)
-        factor = lax.select(is_huge, lax.full_like(scale, _HUGE_FACTOR), one)
-        # factor / scale, but a division here would cut XLA's fusion of all this in two.
-        undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
-        undo_up = lax.full_like(scale, 1 / safe.up)
-        undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
-        measured = lax.sqrt(total) if norm == "l2" else total
-        norms.append(ScaledNorm(lax.mul(measured, undo), factor))
-    return norms
+def _elsewhere(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
+    return [_finish(norm, total) for total in sums_at_every_scale(norm, groups, leaves)]
+
+
+def _on_cpu(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
+    is_double = [accumulator(group, leaves) == np.float64 for group in groups]
+    doubles = [group for group, double in zip(groups, is_double, strict=True) if double]
+    singles = [group for group, double in zip(groups, is_double, strict=True) if not double]
+    double = iter(sums_with_rescue(norm, doubles, leaves))
+    single = iter(wide_norms(norm, singles, leaves))
+    return [_finish(norm, next(double)) if d else _narrow(next(single)) for d in is_double]
+
+
+@functools.partial(jax.jit, static_argnames="norm")
+def _finish(norm: str, measured: SafeSum) -> ScaledNorm:
+    total, scale = measured
+    safe = RANGES[total.dtype]
+    one = lax.full_like(scale, 1)
+    is_huge = lax.lt(scale, one)
+    factor = lax.select(is_huge, lax.full_like(scale, _HUGE_FACTOR), one)
+    # factor / scale, but a division here would cut XLA's fusion of all this in two.
+    undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
+    undo_up = lax.full_like(scale, 1 / safe.up)
+    undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
+    return ScaledNorm(lax.mul(lax.sqrt(total) if norm == "l2" else total, undo), factor)
+
+
+@jax.jit
+def _narrow(norm: jax.Array) -> ScaledNorm:
+    with enable_x64(True):
+        factor = lax.select(
+            lax.gt(norm, lax.full_like(norm, _HUGE)),
+            lax.full_like(norm, _HUGE_FACTOR),
+            lax.full_like(norm, 1),
+        )
+        value = lax.mul(norm, factor)
+        return ScaledNorm(*(lax.convert_element_type(x, np.float32) for x in (value, factor)))
 
 
 def _slopes(

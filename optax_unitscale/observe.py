@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import group_norms, root
+from optax_unitscale.norms import group_norms
+from optax_unitscale.sums import root
 
 __all__ = ["gradient_norms"]
 

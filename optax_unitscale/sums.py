@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,22 @@ from jax import lax
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group, Member
 
-__all__ = ["RANGES", "SafeSum", "complex_of", "count", "real_parts", "safe_sums", "with_mesh_axes"]
+__all__ = [
+    "RANGES",
+    "SafeSum",
+    "accumulator",
+    "alone",
+    "complex_of",
+    "count",
+    "cross_devices",
+    "kind_of",
+    "partials",
+    "real_parts",
+    "root",
+    "sums_at_every_scale",
+    "sums_with_rescue",
+    "with_mesh_axes",
+]
 
 
 class SafeSum(NamedTuple):
@@ -44,12 +59,13 @@ RANGES = {
 }
 
 
-def safe_sums(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[SafeSum]:
-    """Each group's sum of squares or of absolute values, or its maximum.
+def sums_at_every_scale(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
+) -> list[SafeSum]:
+    """Takes each sum at three scales in one pass and picks the safe one, as Blue (1978).
 
-    Accumulated in float32, or float64 where the group holds a float64 leaf; at a power-of-two
-    scale where the sum of the elements themselves leaves the safe range. Needs no memory but for
-    numbers.
+    On GPU and TPU the pass waits for memory, not for arithmetic. A branch would cost more: a GPU
+    waits for its condition, and a TPU reads again what it held on the chip.
 
     Args:
       norm: "l2" for squares, "l1" for absolute values, "linf" for the maximum.
@@ -57,103 +73,136 @@ def safe_sums(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -
       leaves: the arrays that the groups' members index.
 
     Returns:
-      One `SafeSum` a group.
+      One `SafeSum` a group, in float32, or float64 where the group holds a float64 leaf.
     """
-    if not groups:
-        return []
-    sums = lax.platform_dependent(
-        list(leaves),
-        cpu=functools.partial(_with_rescue, norm, groups),
-        default=functools.partial(_at_every_scale, norm, groups),
-    )
-    return [SafeSum(*pair) for pair in sums]
-
-
-def _at_every_scale(
-    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Takes each sum at three scales in one pass and picks the safe one, as Blue (1978).
-
-    On GPU and TPU the pass waits for memory, not for arithmetic. A branch would cost more: a GPU
-    waits for its condition, and a TPU reads again what it held on the chip.
-    """
-    ranges = [RANGES[_accumulator(group, leaves)] for group in groups]
-    choices = [[safe.up for safe in ranges]] if norm == "l2" else []
-    choices += [[1.0] * len(groups), [safe.down for safe in ranges]]
+    leaves = _hide_columns(groups, leaves)
+    ranges = [RANGES[accumulator(group, leaves)] for group in groups]
+    choices = [(safe.up, 1.0, safe.down) if norm == "l2" else (1.0, safe.down) for safe in ranges]
+    taken = [
+        pairs
+        for group, scales in zip(groups, choices, strict=True)
+        for pairs in partials(norm, group, leaves, accumulator(group, leaves), scales)
+    ]
     # All of them cross the devices together.
-    partials = [x for scales in choices for x in _partials(norm, groups, leaves, scales)]
-    sums = mesh.combine(partials, "max" if norm == "linf" else "sum")
-    *ups, ones, downs = (sums[i : i + len(groups)] for i in range(0, len(sums), len(groups)))
-    results = []
-    for i, group in enumerate(groups):
-        scale = _scale(norm, ones[i], count(group, leaves))
-        one = lax.full_like(scale, 1)
-        total = lax.select(lax.lt(scale, one), downs[i], ones[i])
-        for up in ups:
-            total = lax.select(lax.gt(scale, one), up[i], total)
-        results.append((total, scale))
-    return results
+    sums = iter(mesh.combine(taken, kind_of(norm)))
+    return [
+        _pick(norm, count(group, leaves), [next(sums) for _ in scales])
+        for group, scales in zip(groups, choices, strict=True)
+    ]
 
 
-def _with_rescue(
+@functools.partial(jax.jit, static_argnames=("norm", "count"))
+def _pick(norm: str, count: int, taken: Sequence[jax.Array]) -> SafeSum:
+    *ups, one, down = taken
+    scale = _scale(norm, one, count)
+    unit = lax.full_like(scale, 1)
+    total = lax.select(lax.lt(scale, unit), down, one)
+    for up in ups:
+        total = lax.select(lax.gt(scale, unit), up, total)
+    return SafeSum(total, scale)
+
+
+def sums_with_rescue(
     norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Takes each sum, and once more where it left the safe range: on CPU arithmetic costs time."""
-    kind = "max" if norm == "linf" else "sum"
-    sums = mesh.combine(_partials(norm, groups, leaves, [1.0] * len(groups)), kind)
-    results = []
+) -> list[SafeSum]:
+    """Takes each sum, and once more where it left the safe range: on CPU arithmetic costs time.
+
+    Args and Returns: as `sums_at_every_scale`.
+    """
+    taken = [partials(norm, group, leaves, accumulator(group, leaves))[0] for group in groups]
+    sums = mesh.combine(taken, kind_of(norm))
     # A check for all groups would wait for all sums, and by then a leaf that is to be scaled has
     # left the cache.
-    for group, total in zip(groups, sums, strict=True):
-        scale = _scale(norm, total, count(group, leaves))
-        total = lax.cond(
-            jnp.all(scale == 1),
-            lambda total=total: total,
-            lambda group=group, scale=scale: mesh.combine(
-                _partials(norm, [group], leaves, [scale]), kind
-            )[0],
-        )
-        results.append((total, scale))
-    return results
+    return [
+        _check(norm, *alone(group, leaves), total)
+        for group, total in zip(groups, sums, strict=True)
+    ]
 
 
-def _partials(
+@functools.partial(jax.jit, static_argnames=("norm", "groups"))
+def _check(
+    norm: str, groups: tuple[Group], leaves: Sequence[jax.Array], total: jax.Array
+) -> SafeSum:
+    (group,) = groups
+    scale = _scale(norm, total, count(group, leaves))
+
+    def rescue() -> jax.Array:
+        dtype = accumulator(group, leaves)
+        sums = [_sum_at(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
+        return mesh.combine([with_mesh_axes(group, sums)], kind_of(norm))[0]
+
+    return SafeSum(lax.cond(jnp.all(scale == 1), lambda: total, rescue), scale)
+
+
+def partials(
     norm: str,
-    groups: Sequence[Group],
+    group: Group,
     leaves: Sequence[jax.Array],
-    scales: Sequence[jax.Array | float],
+    dtype: np.dtype,
+    scales: tuple[float, ...] = (1.0,),
 ) -> list[list[tuple[jax.Array, tuple[Hashable, ...]]]]:
-    """What each leaf on this device has of its group's sum, for `mesh.combine`."""
-    partials = []
-    for group, scale in zip(groups, scales, strict=True):
-        dtype = _accumulator(group, leaves)
-        values = [_partial(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
-        partials.append(with_mesh_axes(group, values))
-    return partials
+    """For each scale what each leaf on this device has of the sum, for `mesh.combine`."""
+    by_leaf = [_partials(norm, leaves[m.leaf], m.axes, dtype, scales) for m in group.members]
+    return [with_mesh_axes(group, [sums[i] for sums in by_leaf]) for i in range(len(scales))]
 
 
-def _partial(
-    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array | float
-) -> jax.Array:
-    if isinstance(scale, jax.Array):
-        # Tied to the leaf, for leaves of one shape that shared a scale would also share its
-        # broadcast: a temporary of their size. And of a leaf that XLA knows it would square the
-        # scale first, which leaves the range.
-        scale, x = lax.optimization_barrier((scale, x))
-        parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
-    elif scale == 1:
+# Compiled into the caller like the rest; `jax.jit` spares tracing it again for each leaf.
+@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "scales"))
+def _partials(
+    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scales: tuple[float, ...]
+) -> list[jax.Array]:
+    sums = []
+    for scale in scales:
         parts = real_parts(x, dtype)
-    else:
-        parts = [lax.mul(part, lax.full_like(part, scale)) for part in real_parts(x, dtype)]
-        if norm == "l2":
-            # Bounded for the same reason.
-            bound = float(jnp.finfo(dtype).max)
-            parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
+        if scale != 1:
+            parts = [lax.mul(part, lax.full_like(part, scale)) for part in parts]
+            if norm == "l2" and not _is_columns(x, axes):
+                # Of a leaf that XLA knows it would square the scale first, which leaves the range.
+                bound = float(jnp.finfo(dtype).max)
+                parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
+        sums.append(_sum(norm, parts, axes))
+    return sums
+
+
+def _sum_at(
+    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array
+) -> jax.Array:
+    # Tied to the leaf, for leaves of one shape that shared a scale would also share its
+    # broadcast: a temporary of their size. And for the reason above.
+    scale, x = lax.optimization_barrier((scale, x))
+    parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
+    return _sum(norm, parts, axes)
+
+
+def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
     reduce = lax.reduce_max if norm == "linf" else lax.reduce_sum
     return reduce(lax.abs(complex_of(parts)), axes)
+
+
+def kind_of(norm: str) -> Literal["sum", "max"]:
+    """How `mesh.combine` combines what leaves have of a norm's sum."""
+    return "max" if norm == "linf" else "sum"
+
+
+def _hide_columns(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Puts leaves whose last axis is kept behind a barrier.
+
+    It does what the bound in `partial_sum` does, which in a sum over rows makes XLA:GPU write the
+    squares to memory. Elsewhere the bound is better, for a barrier keeps what computes the leaf
+    out of the reduction.
+    """
+    hidden = list(leaves)
+    for member in (member for group in groups for member in group.members):
+        if _is_columns(hidden[member.leaf], member.axes):
+            hidden[member.leaf] = lax.optimization_barrier(hidden[member.leaf])
+    return hidden
+
+
+def _is_columns(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    return x.size > 1 and x.ndim - 1 not in axes
 
 
 def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
@@ -166,9 +215,21 @@ def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
     return lax.select(total < count * safe.tiny, up, scale) if norm == "l2" else scale
 
 
-def _accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
+def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
+    """The dtype that a group's sum is taken in."""
     dtypes = {jnp.finfo(leaves[member.leaf].dtype).dtype for member in group.members}
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def alone(group: Group, leaves: Sequence[jax.Array]) -> tuple[tuple[Group], list[jax.Array]]:
+    """The same group among its own leaves only: equal for groups that are alike."""
+    members = tuple(member._replace(leaf=i) for i, member in enumerate(group.members))
+    return (Group("", members),), [leaves[member.leaf] for member in group.members]
+
+
+def cross_devices(group: Group, leaves: Sequence[jax.Array]) -> bool:
+    """Whether a group's sum runs over mesh axes."""
+    return any(mesh.axes_of(leaves[member.leaf], member.mesh_axes) for member in group.members)
 
 
 def with_mesh_axes(
@@ -182,6 +243,11 @@ def with_mesh_axes(
 def count(group: Group, leaves: Sequence[jax.Array]) -> int:
     """The number of elements that share each norm of the group, on all devices."""
     return sum(_elements(leaves[member.leaf], member) for member in group.members)
+
+
+def root(norm: str, group: Group, leaves: Sequence[jax.Array]) -> float:
+    """The ratio of what `norms.group_norms` measures to the norm: √n for the rms of n elements."""
+    return math.sqrt(count(group, leaves)) if norm == "rms" else 1.0
 
 
 def real_parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:

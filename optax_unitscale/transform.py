@@ -1,16 +1,20 @@
 """`unit_scale`: the Optax transformation that gives every group of gradients unit norm."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 
-from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms, root
+from optax_unitscale.groups import Group, Plan, assign, make_plan
+from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
+from optax_unitscale.sums import accumulator, alone, cross_devices, root
+from optax_unitscale.wide import divide_small, is_small
 
 __all__ = ["unit_scale"]
 
@@ -112,14 +116,70 @@ def unit_scale(
 def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
     scaled = list(leaves)
-    for group, measured in zip(groups, group_norms(plan.norm, groups, leaves), strict=True):
-        times = root(plan.norm, group, leaves)
-        by = divisor(_at_least(min_norm, times, measured))
-        for member in group.members:
-            scaled[member.leaf] = divide(leaves[member.leaf], by, member.axes, times)
+    small = [group for group in groups if _is_small(group, leaves)]
+    others = [group for group in groups if not _is_small(group, leaves)]
+    for part, divide_part in ((small, _divide_small), (others, _divide)):
+        members = [member.leaf for group in part for member in group.members]
+        for leaf, x in zip(members, divide_part(plan.norm, part, leaves, min_norm), strict=True):
+            scaled[leaf] = x
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)
 
 
+def _divide(
+    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.typing.ArrayLike
+) -> list[jax.Array]:
+    """The leaves of all groups over their norms, in the order of the groups' members."""
+    scaled = []
+    for group, measured in zip(groups, group_norms(norm, groups, leaves), strict=True):
+        times = root(norm, group, leaves)
+        by = divisor(_at_least(min_norm, times, measured))
+        scaled += [divide(leaves[m.leaf], by, m.axes, times) for m in group.members]
+    return scaled
+
+
+def _divide_small(
+    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.typing.ArrayLike
+) -> list[jax.Array]:
+    """The same for groups of small leaves, for which CPU has a way of its own."""
+    if not groups:
+        return []
+
+    @jax.custom_jvp
+    def divided(leaves: Sequence[Any], min_norm: jax.Array) -> list[jax.Array]:
+        return lax.platform_dependent(
+            leaves,
+            min_norm,
+            cpu=functools.partial(_by_group, divide_small, norm, groups),
+            default=functools.partial(_by_group, _divide, norm, groups),
+        )
+
+    @divided.defjvp
+    def _(primals, tangents):
+        return jax.jvp(functools.partial(_divide, norm, groups), primals, tangents)
+
+    return divided(leaves, jnp.asarray(min_norm))
+
+
+def _by_group(
+    divide_part: Callable[..., list[jax.Array]],
+    norm: str,
+    groups: Sequence[Group],
+    leaves: Sequence[Any],
+    min_norm: jax.Array,
+) -> list[jax.Array]:
+    """Groups that are alike are traced once; those that cross devices, together, in one go."""
+    if any(cross_devices(group, leaves) for group in groups):
+        return divide_part(norm, groups, leaves, min_norm)
+    divide_one = jax.jit(divide_part, static_argnums=(0, 1))
+    return [x for g in groups for x in divide_one(norm, *alone(g, leaves), min_norm)]
+
+
+def _is_small(group: Group, leaves: Sequence[Any]) -> bool:
+    is_double = accumulator(group, leaves) == np.float64
+    return not is_double and all(is_small(leaves[member.leaf]) for member in group.members)
+
+
+@functools.partial(jax.jit, static_argnames="times")
 def _at_least(min_norm: jax.typing.ArrayLike, times: float, measured: ScaledNorm) -> ScaledNorm:
     floor = jnp.asarray(min_norm).astype(measured.value.dtype) * (measured.factor * times)
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.

@@ -20,8 +20,9 @@ from optax_unitscale import gradient_norms, unit_scale
 NORMS = ["l2", "rms", "l1", "linf"]
 LEAVES = {
     "columns": ((5, 8), P(None, "a"), "float32"),
-    "block": ((8, 4), P("a", "b"), "float32"),
-    "turned": ((4, 8), P("b", "a"), "bfloat16"),
+    # Each device's part is more than what counts as small.
+    "block": ((160, 120), P("a", "b"), "float32"),
+    "turned": ((120, 160), P("b", "a"), "bfloat16"),
     "fine": ((16, 3), P(("b", "a")), "float16"),
     "whole": ((7,), P(), "float32"),
 }
@@ -76,7 +77,10 @@ def shard_map(function, in_specs, out_specs, **options):
 
 
 def check_same(sharded, single):
-    """Equal but for the order of a sum, its root, a quotient, and the rounding to the dtype."""
+    """Equal but for the order of a sum, its root, a quotient, and the rounding to the dtype.
+
+    XLA adds thousands of elements up in windows of 32, and the sum is then off by up to 4 units.
+    """
     assert jax.tree.structure(sharded) == jax.tree.structure(single)
     for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
         assert x.dtype == y.dtype
@@ -84,7 +88,7 @@ def check_same(sharded, single):
         np.testing.assert_allclose(
             np.asarray(x, np.float64),
             np.asarray(y, np.float64),
-            rtol=4 * float(info.eps),
+            rtol=8 * float(info.eps),
             atol=float(info.tiny),
         )
 
@@ -254,7 +258,7 @@ def test_told_nothing_a_device_in_pmap_scales_its_own_part():
 
 
 # Layers of far magnitudes: a scale of one layer must not reach another, on whichever device it is.
-LAYERS = draw((8, 4, 6)) * (10.0 ** np.arange(-32, 32, 8))[:, None, None].astype(np.float32)
+LAYERS = draw((8, 48, 60)) * (10.0 ** np.arange(-32, 32, 8))[:, None, None].astype(np.float32)
 LAYER_SPECS = [P("a"), P(("a", "b")), P("b", "a"), P(None, "a", "b"), P("a", None, "b")]
 
 

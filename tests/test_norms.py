@@ -43,6 +43,7 @@ def check_group(results, gradients, norm):
         assert (np.abs(wide - quotient) <= 4 * own * np.abs(quotient) + tiny).all()
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", MAGNITUDES)
 def test_each_leaf_has_unit_norm_at_every_magnitude(norm, dtype, request):
@@ -53,6 +54,7 @@ def test_each_leaf_has_unit_norm_at_every_magnitude(norm, dtype, request):
         check_group([scaled(jnp.asarray(gradient), norm)], [gradient], norm)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", MAGNITUDES)
 def test_the_whole_tree_has_unit_norm_at_every_magnitude(norm, dtype, request):
@@ -102,6 +104,7 @@ def test_the_program_for_gpu_is_exact_where_magnitudes_meet(norm):
     check_group([at_edges[4]], [edges[4].astype(np.float32)], norm)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_slice_has_unit_norm_though_neighbours_differ_by_sixty_decades(norm):
     rows = 10.0 ** np.array([-33, -20, -7, 0, 9, 20, 33])
@@ -111,12 +114,14 @@ def test_every_slice_has_unit_norm_though_neighbours_differ_by_sixty_decades(nor
         check_group([row], [slice_], norm)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_tensor_may_hold_tiny_and_huge_elements_together(norm):
     gradient = np.array([1e-30, -1e25, 3e24, 1e-10, 2e18, -1e-37, 5e11], np.float32)
     check_group([scaled(jnp.asarray(gradient), norm)], [gradient], norm)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scope", ["leaf", "global", {"a": "x", "b": "x", "c": "y"}])
 def test_leaves_of_far_magnitudes_stand_beside_each_other(norm, scope):
@@ -144,6 +149,7 @@ def test_millions_of_elements_have_unit_norm(shape):
     assert abs(np.sqrt(np.sum(result**2)) - 1) < 1e-6
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("power", [-110, -70, -30, 30, 70, 110])
 def test_a_power_of_two_does_not_change_the_result(norm, power):
@@ -160,6 +166,7 @@ def test_scaling_twice_is_scaling_once(norm):
     np.testing.assert_allclose(np.asarray(twice), np.asarray(once), rtol=3 * 2.0**-23)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 def test_zero_updates_stay_zero(norm):
     tree = {"zero": jnp.zeros((3, 2)), "other": jnp.ones(2)}
@@ -167,6 +174,7 @@ def test_zero_updates_stay_zero(norm):
         assert (np.asarray(scaled(tree, norm, scope=scope)["zero"]) == 0).all()
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_group_with_nan_or_inf_is_nan_throughout_and_alone(norm, bad):
@@ -191,6 +199,7 @@ def test_the_naive_quotient_fails_where_ours_holds(magnitude):
     check_group([scaled(jnp.asarray(gradient), "l2")], [gradient], "l2")
 
 
+@pytest.mark.usefixtures("leaf_size")
 def test_gradient_norms_are_exact_where_float32_squares_are_not():
     for magnitude in (1e-30, 1e-20, 1e20, 1e30):
         gradient = sample((300,), "float32", magnitude)
@@ -215,6 +224,7 @@ def test_what_xla_knows_of_a_gradient_changes_nothing(norm):
                 np.testing.assert_array_equal(result, gradient)
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_groups_of_one_element_become_exactly_one_or_minus_one(norm, dtype):
@@ -224,11 +234,13 @@ def test_groups_of_one_element_become_exactly_one_or_minus_one(norm, dtype):
         np.testing.assert_array_equal(result, np.sign(leaf))
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
 def test_negative_zero_stays_negative(shape):
     assert np.signbit(scaled(jnp.full(shape, -0.0), "l2")).all()
 
 
+@pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(norm):
     tree = {"good": jnp.ones(4), "one": jnp.ones(()), "bad": jnp.array([1.0, jnp.nan])}

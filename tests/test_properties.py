@@ -17,6 +17,8 @@ from strategies import Case, case, cases, gradients, groups, spec
 
 from optax_unitscale import unit_scale
 
+pytestmark = pytest.mark.usefixtures("leaf_size")
+
 NORMS = ["l2", "rms", "l1", "linf"]
 NARROW = ["float16", "bfloat16", "float32", "complex64"]
 WIDE = [*NARROW, "float64", "complex128"]

@@ -1,0 +1,113 @@
+"""On CPU small leaves go through float64, which holds every square of a narrower dtype.
+
+There a branch for what leaves the range costs more than the wider numbers do, to run and, where
+leaves are many, to compile.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental
+import numpy as np
+from jax import lax
+
+from optax_unitscale import mesh
+from optax_unitscale.groups import Group
+from optax_unitscale.sums import (
+    complex_of,
+    kind_of,
+    partials,
+    real_parts,
+    root,
+    sums_with_rescue,
+)
+
+__all__ = ["divide_small", "enable_x64", "is_small", "wide_norms"]
+
+# A context manager, by its name of today or of JAX 0.7.
+_home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+enable_x64 = _home.enable_x64
+# Elements. From about here on XLA:CPU adds float32 up with a library that is slow in float64.
+SMALL = 2048
+
+
+def is_small(x: jax.Array) -> bool:
+    """Whether a leaf goes through float64."""
+    return x.size <= SMALL
+
+
+def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """The norm of each group in float64; for "rms" the l2 norm.
+
+    Args:
+      norm: "l2", "l1" or "linf".
+      groups: from `groups.assign`, without float64 leaves.
+      leaves: the arrays that the groups' members index.
+
+    Returns:
+      One float64 array a group, of the shape of its kept axes.
+    """
+    small = [_only(group, leaves, small=True) for group in groups]
+    large = [_only(group, leaves, small=False) for group in groups]
+    rescued = iter(sums_with_rescue(norm, [group for group in large if group.members], leaves))
+    with enable_x64(True):
+        taken = [partials(norm, group, leaves, np.dtype(np.float64))[0] for group in small]
+        for pairs, group in zip(taken, large, strict=True):
+            if group.members:
+                total, scale = (lax.convert_element_type(x, np.float64) for x in next(rescued))
+                scale = lax.mul(scale, scale) if norm == "l2" else scale
+                pairs.append((lax.div(total, scale), ()))
+        totals = mesh.combine(taken, kind_of(norm))
+        return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
+
+
+def divide_small(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array], min_norm: jax.Array
+) -> list[jax.Array]:
+    """Each leaf of groups of small leaves, over the norm of its group.
+
+    Args:
+      norm: "l2", "rms", "l1" or "linf".
+      groups: from `groups.assign`, of small leaves, none of them float64.
+      leaves: the arrays that the groups' members index.
+      min_norm: the floor of the norms, a scalar.
+
+    Returns:
+      One array for each member of each group, in their order.
+    """
+    norms = wide_norms("l2" if norm == "rms" else norm, groups, leaves)
+    with enable_x64(True):
+        # Far below all norms but 0, which it keeps from 0 / 0.
+        least = lax.max(lax.convert_element_type(min_norm, np.float64), np.float64(1e-150))
+    return [
+        _divide(leaves[member.leaf], inverse, member.axes)
+        for group, measured in zip(groups, norms, strict=True)
+        for inverse in [_invert(measured, least, root(norm, group, leaves))]
+        for member in group.members
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="root")
+def _invert(norm: jax.Array, least: jax.Array, root: float) -> jax.Array:
+    with enable_x64(True):
+        if root != 1:
+            norm = lax.mul(norm, lax.full_like(norm, 1 / root))
+        norm = lax.max(norm, lax.broadcast(least, norm.shape))
+        # Not 1 / norm: an infinite norm has infinite elements, and NaN shows in all of the group
+        # where 0 would hide it.
+        return lax.div(norm, lax.mul(norm, norm))
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    with enable_x64(True):
+        inverse = lax.expand_dims(inverse, axes)
+        parts = [lax.mul(part, inverse) for part in real_parts(x, np.dtype(np.float64))]
+        return lax.convert_element_type(complex_of(parts), x.dtype)
+
+
+def _only(group: Group, leaves: Sequence[jax.Array], small: bool) -> Group:
+    members = tuple(m for m in group.members if is_small(leaves[m.leaf]) == small)
+    return Group(group.name, members)
