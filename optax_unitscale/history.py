@@ -54,8 +54,8 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
     if not isinstance(history, Mapping):
         history = _stack(caller, history)
     lines: dict[str, np.ndarray] = {}
-    for name, values in history.items():
-        values = np.asarray(values, np.float64)
+    for name in sorted(history, key=_natural):
+        values = np.asarray(history[name], np.float64)
         if values.ndim == 0:
             raise ValueError(
                 f"{caller}: history[{name!r}] is one number, expected one a step. Put the dict of "
@@ -70,7 +70,7 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
             f"{caller}: history has arrays of {steps} steps, expected as many in each. Give one "
             "step as a list of its dict."
         )
-    return {name: lines[name] for name in sorted(lines, key=_natural)}
+    return lines
 
 
 def median_of(norms: np.ndarray) -> np.ndarray:
