@@ -132,7 +132,8 @@ def plot_norms(
 
     Examples:
       One line in a notebook is ``plot_norms(history)``, after a loop that did
-      ``history.append(optax.tree.get(state, "grad_norms"))`` each step.
+      ``history.append(jax.device_get(optax.tree.get(state, "grad_norms")))`` each step: a copy,
+      for Flax NNX writes the next step's over them, and donation deletes them.
 
       >>> from matplotlib.figure import Figure
       >>> from optax_unitscale import plot_norms

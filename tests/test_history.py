@@ -1,5 +1,6 @@
 """Recorded norms become one line a layer, and each step's ratios to its median layer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -50,12 +51,35 @@ def test_what_nnx_holds_is_read():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     transformation = optax.chain(RECORDERS["snapshot"], optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((4, 2))).sum())(model))
-    # The kernel's six gradients are 4, as are the bias's three.
-    kernel, bias = 4 * np.sqrt([6, 3])
-    ratios = norm_ratios([optax.tree.get(optimizer.opt_state, "grad_norms")])
-    middle = (kernel + bias) / 2
-    np.testing.assert_allclose([ratios["bias"][0], ratios["kernel"][0]], [bias, kernel] / middle)
+    history = []
+    for scale in (1.0, 0.5):
+        inputs = jnp.full((4, 2), scale)
+        optimizer.update(model, nnx.grad(lambda model, x: model(x).sum())(model, inputs))
+        norms = optax.tree.get(optimizer.opt_state, "grad_norms")
+        # One step as it is.
+        np.testing.assert_equal(norm_ratios([norms]), norm_ratios([jax.device_get(norms)]))
+        history.append(jax.device_get(norms))
+    # Each of the kernel's six gradients is 4 and 2, each of the bias's three 4.
+    kernel, bias = np.sqrt(6) * np.array([4, 2]), np.sqrt(3) * np.array([4, 4])
+    ratios = norm_ratios(history)
+    np.testing.assert_allclose(ratios["kernel"], 2 * kernel / (kernel + bias), rtol=1e-6)
+    np.testing.assert_allclose(ratios["bias"], 2 * bias / (kernel + bias), rtol=1e-6)
+
+
+def test_a_copy_outlives_the_donated_state():
+    optimizer = optax.chain(RECORDERS["snapshot"], optax.sgd(0.1))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, scale):
+        gradients = {"a": PARAMS["a"], "b": PARAMS["b"] * scale}
+        return optimizer.update(gradients, state)[1]
+
+    state, history = optimizer.init(PARAMS), []
+    for scale in (1.0, 3.0, 9.0):
+        state = step(state, scale)
+        history.append(jax.device_get(optax.tree.get(state, "grad_norms")))
+    ratios = norm_ratios(history)
+    np.testing.assert_allclose(ratios["b"] / ratios["a"], [1.5, 4.5, 13.5], rtol=1e-6)
 
 
 def test_zero_and_what_is_not_finite_have_no_part_in_the_median():
