@@ -178,6 +178,8 @@ def test_thousands_of_steps_share_columns_that_hide_neither_zero_nor_nan():
     # Columns of six steps, the last of four; the 167th is half 1 and half 100.
     assert drawn(axes).shape == (3, 334)
     assert axes.get_xlabel() == "step (geometric mean of every 6)"
+    # The last column's other two would be beyond the last step.
+    assert axes.images[0].get_extent()[:2] == [0.5, 2004.5]
     assert axes.get_xlim() == (0.5, 2002.5)
     plain = drawn(axes)[1]
     np.testing.assert_allclose(plain, [*[1] * 166, 100 ** (1 / 6), *[100] * 167], rtol=1e-12)
