@@ -5,7 +5,6 @@ import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LogNorm
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from benchmarks.tasks import Task
 from benchmarks.training import Log
+from optax_unitscale import norm_ratios, plot_norms
 
 __all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]
 
@@ -117,58 +117,45 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
 
 def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
     """Heat map of the gradient norm, layer by step, for each optimizer on one colour scale."""
-    maps = {name: _norms(log, name) for name in names}
-    layers = list(log.of("step", names[0])[0]["norms"])
-    columns = 2 if len(maps) > 1 else 1
-    rows = -(-len(maps) // columns)
+    columns = 2 if len(names) > 1 else 1
+    rows = -(-len(names) // columns)
+    height = min(0.18 * len(_norms(log, names[0])[0]), 12) * rows
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(4 + 4 * columns, 1.2 + 0.18 * len(layers) * rows),
+        figsize=(4 + 4 * columns, 1.2 + height),
         layout="constrained",
         squeeze=False,
         sharey=True,
     )
-    seen = np.concatenate([values[np.isfinite(values)] for values in maps.values()])
-    low, high = np.quantile(seen, [0.005, 0.995]) if seen.size else (0.1, 1.0)
-    scale = LogNorm(low, max(high, 1.01 * low))
-    image = None
-    for panel in axes.flat[len(maps) :]:
+    panels = axes.flat[: len(names)]
+    for panel in axes.flat[len(names) :]:
         panel.set_axis_off()
-    for panel, (name, values) in zip(axes.flat, maps.items(), strict=False):
-        panel.set_facecolor("white")
-        extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
-        image = panel.imshow(
-            values, norm=scale, aspect="auto", interpolation="nearest", extent=extent
-        )
-        panel.set(title=name, xlabel="step")
-        panel.set_yticks(range(len(layers)), layers, fontsize=8)
-    if image is not None:
-        # One norm in two hundred lies below the scale and one above it.
-        label = "l2 norm of the gradient (white: zero or not finite)"
-        figure.colorbar(image, ax=axes, extend="both", label=label)
+    for panel, name in zip(panels, names, strict=True):
+        plot_norms(_norms(log, name), axes=panel, colorbar=False).set_title(name, loc="left")
+    limits = np.array([panel.images[0].get_clim() for panel in panels])
+    for panel in panels:
+        panel.images[0].set_clim(limits.min(), limits.max())
+    label = "l2 norm of the gradient"
+    figure.colorbar(panels[0].images[0], ax=axes, extend="both", label=label)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def _spread(log: Log, name: str) -> tuple[float, float]:
     # Steps without any layer of finite, nonzero norm have no spread.
-    norms = _norms(log, name)
-    norms = norms[:, np.any(norms > 0, axis=0)]
-    if not norms.size:
+    ratios = np.array(list(norm_ratios(_norms(log, name)).values()))
+    ratios = ratios[:, np.any(ratios > 0, axis=0)]
+    if not ratios.size:
         return math.nan, math.nan
-    relative = norms / np.nanmedian(norms, axis=0)
     return (
-        float(np.median(np.nanmax(relative, axis=0))),
-        float(np.median(np.nanmin(relative, axis=0))),
+        float(np.median(np.nanmax(ratios, axis=0))),
+        float(np.median(np.nanmin(ratios, axis=0))),
     )
 
 
-def _norms(log: Log, name: str) -> np.ndarray:
-    """The gradient norms by layer and step; NaN where one is zero or not finite."""
-    rows = [list(e["norms"].values()) for e in log.of("step", name)]
-    norms = np.array(rows, np.float64).T
-    return np.where(norms > 0, norms, np.nan)
+def _norms(log: Log, name: str) -> list[dict[str, float | None]]:
+    return [entry["norms"] for entry in log.of("step", name)]
 
 
 def _float(value: float | None) -> float:

@@ -1,7 +1,9 @@
 """Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
 
+from optax_unitscale.history import norm_ratios
 from optax_unitscale.observe import gradient_norms
+from optax_unitscale.plot import norms_table, plot_norms
 from optax_unitscale.transform import unit_scale
 
-__all__ = ["gradient_norms", "unit_scale"]
+__all__ = ["gradient_norms", "norm_ratios", "norms_table", "plot_norms", "unit_scale"]
 __version__ = "0.1.0.dev0"

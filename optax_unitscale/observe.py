@@ -56,6 +56,15 @@ def gradient_norms(
       >>> {name: float(norm) for name, norm in optax.tree.get(state, "grad_norms").items()}
       {'dense/bias': 0.0, 'dense/kernel': 6.0}
 
+      `norms_table` and `plot_norms` show them. To average over steps, record them with
+      ``optax.monitor({"grad_norms": optax.measure_with_ema(gradient_norms, decay=0.9)})``. For
+      TensorBoard, with ``writer = tensorboardX.SummaryWriter(folder)``, which needs neither PyTorch
+      nor TensorFlow, write each step
+
+        for name, norm in norms.items(): writer.add_scalar(f"grad_norms/{name}", float(norm), step)
+
+      or `add_histogram` and `np.asarray` where `axis` keeps axes.
+
     Source:
       The request to see gradient norms before they are clipped,
       https://github.com/google-deepmind/optax/issues/326.

@@ -1,6 +1,8 @@
 """The norms that are logged are those of the gradients, by name."""
 
 import functools
+import inspect
+import re
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from flax import nnx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import SummaryWriter
 
 from optax_unitscale import gradient_norms, unit_scale
 
@@ -172,3 +177,32 @@ def test_two_groups_of_one_name_are_refused(tree, scope, name):
     # The update needs no names, and the groups are two.
     result, _ = unit_scale("linf", scope=scope).update(tree, optax.EmptyState())
     assert all((np.asarray(x) == 1).all() for x in jax.tree.leaves(result))
+
+
+def test_the_line_of_the_docstring_writes_what_tensorboard_reads(tmp_path):
+    text = inspect.getdoc(gradient_norms) or ""
+    (line,) = re.findall(r"^ +(for name, norm in norms.*)$", text, re.MULTILINE)
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    recorder = optax.snapshot("grad_norms", gradient_norms)
+    optimizer = nnx.Optimizer(model, optax.chain(recorder, optax.sgd(0.1)), wrt=nnx.Param)
+    expected = {"grad_norms/bias": [], "grad_norms/kernel": []}
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            gradients = nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 3))) ** 2))(model)
+            optimizer.update(model, gradients)
+            norms = optax.tree.get(optimizer.opt_state, "grad_norms")
+            exec(line, {"norms": norms, "writer": writer, "step": step})
+            for name, gradient in nnx.to_pure_dict(gradients).items():
+                norm = oracle.norm_of([np.asarray(gradient)], "l2")
+                expected[f"grad_norms/{name}"].append(float(norm))
+        kernels = gradient_norms({"kernel": np.eye(3, dtype=np.float32)}, axis=0)
+        writer.add_histogram("grad_norms/rows", np.asarray(kernels["kernel"]), 0)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for name, values in expected.items():
+        written = events.Scalars(name)
+        assert [event.step for event in written] == [0, 1, 2]
+        np.testing.assert_allclose([event.value for event in written], values, rtol=RTOL)
+    (histogram,) = events.Histograms("grad_norms/rows")
+    assert (histogram.histogram_value.num, histogram.histogram_value.max) == (3, 1)
