@@ -1,7 +1,8 @@
 """Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
 
 from optax_unitscale.observe import gradient_norms
+from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
-__all__ = ["gradient_norms", "unit_scale"]
+__all__ = ["gradient_norms", "scale_by_shape", "unit_scale"]
 __version__ = "0.1.0.dev0"
