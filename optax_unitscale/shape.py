@@ -33,6 +33,9 @@ RULES: dict[str, Callable[[int, int], float]] = {
 }
 PROJECTIONS = ("query", "key", "value")
 
+# A leaf's reduction and output axes.
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 def scale_by_shape(
     rule: str = "spectral", *, dimension_numbers: Any = None
@@ -149,7 +152,7 @@ def scale_by_shape(
       https://arxiv.org/abs/2310.02244.
     """
     if rule not in RULES:
-        raise ValueError(f"scale_by_shape: rule is {rule!r}, expected one of {', '.join(RULES)}. ")
+        raise ValueError(f"scale_by_shape: rule is {rule!r}, expected one of {', '.join(RULES)}.")
     if not callable(dimension_numbers):
         dimension_numbers = _as_prefix(dimension_numbers)
     try:
@@ -183,55 +186,55 @@ def _scale(updates: Any, rule: str, dimension_numbers: Prefix | Callable[..., An
 
 def _fans(dimension_numbers: Prefix, path: Path, x: jax.Array) -> tuple[int, int]:
     """The sizes of a layer's input and output."""
-    is_found, numbers = dimension_numbers.find(path.names)
+    is_found, axes = dimension_numbers.find(path.names)
     if not is_found:
         raise ValueError(
             f"scale_by_shape: dimension_numbers has no entry for {show(path)}, expected a pytree "
             "prefix of the updates. Add the entry; None stands for the default."
         )
-    if numbers is None:
-        numbers = _default(path, x.ndim)
-    if numbers is None:
+    if axes is None:
+        axes = _default(path, x.ndim)
+    if axes is None:
         raise ValueError(
             f"scale_by_shape: {show(path)} of shape {x.shape} is no layer known by its name and "
             "rank. Give its axes in dimension_numbers: optax.contrib.MuonDimensionNumbers(-2, -1) "
             "for a dense kernel or a stack of them, ((), -1) for a stack of vectors, "
             "(reduction_axis, output_axis) in general. Or leave it out with optax.masked."
         )
-    given = [*numbers.reduction_axis, *numbers.output_axis]
-    axes = {axis % x.ndim for axis in given if -x.ndim <= axis < x.ndim}
-    if len(axes) < len(given):
+    reduction, output = axes
+    given = reduction + output
+    if len({axis % x.ndim for axis in given if -x.ndim <= axis < x.ndim}) < len(given):
         raise ValueError(
-            f"scale_by_shape: dimension_numbers has {numbers} for {show(path)} of shape {x.shape}, "
-            f"expected different axes from {-x.ndim} to {x.ndim - 1}. Name each axis of a layer's "
-            "input or output once; a callable can treat leaves differently."
+            f"scale_by_shape: dimension_numbers has reduction_axis {reduction} and output_axis "
+            f"{output} for {show(path)} of shape {x.shape}, expected axes that it has, each once. "
+            "A callable can treat leaves differently."
         )
-    return _size(x, numbers.reduction_axis), _size(x, numbers.output_axis)
+    return _size(x, reduction), _size(x, output)
 
 
 def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
     return math.prod(x.shape[axis] for axis in axes)
 
 
-def _default(path: Path, ndim: int) -> MuonDimensionNumbers | None:
+def _default(path: Path, ndim: int) -> Axes | None:
     """What Flax's layers have, None for what could be several of them."""
     every = tuple(range(ndim))
     module, leaf = ("", "", *path.names)[-2:]
     match leaf, ndim:
         case _, 0 | 1:
-            return MuonDimensionNumbers((), every)
+            return (), every
         case "kernel", 2:
-            return MuonDimensionNumbers((0,), (1,))
+            return (0,), (1,)
         case "kernel", 3 if module in PROJECTIONS:
-            return MuonDimensionNumbers((0,), (1, 2))
+            return (0,), (1, 2)
         case "kernel", 3 if module == "out":
-            return MuonDimensionNumbers((0, 1), (2,))
+            return (0, 1), (2,)
         case "kernel", 3 | 4 | 5 if any("conv" in name.lower() for name in path.names):
-            return MuonDimensionNumbers(every[:-1], every[-1:])
+            return every[:-1], every[-1:]
         case "bias", 2 if module in PROJECTIONS:
-            return MuonDimensionNumbers((), every)
+            return (), every
         case "embedding", 2:
-            return MuonDimensionNumbers((), (1,))
+            return (), (1,)
     return None
 
 
@@ -240,16 +243,19 @@ def _as_prefix(tree: Any) -> Prefix:
     return Prefix(tuple((names, _as_tuples(names, value)) for names, value in entries))
 
 
-def _as_tuples(names: tuple[str, ...], value: Any) -> MuonDimensionNumbers | None:
+def _as_tuples(names: tuple[str, ...], value: Any) -> Axes | None:
     if value is None:
         return None
     try:
         if not isinstance(value, MuonDimensionNumbers):
             raise TypeError
-        axes = [part if isinstance(part, Iterable) else (part,) for part in value]
-        return MuonDimensionNumbers(*(tuple(map(operator.index, part)) for part in axes))
+        return _as_ints(value.reduction_axis), _as_ints(value.output_axis)
     except TypeError:
         raise TypeError(
             f"scale_by_shape: dimension_numbers has {value!r} at {join(names)!r}, expected "
             "optax.contrib.MuonDimensionNumbers of integers, or None for the default."
         ) from None
+
+
+def _as_ints(axes: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, axes if isinstance(axes, Iterable) else (axes,)))
