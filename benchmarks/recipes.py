@@ -87,7 +87,7 @@ def sinkhorn_sgd(
     :math:`\theta_{t+1} = \theta_t - \alpha X`. No state.
 
     Source: Scetbon, Ma, Gong, Meeds 2025, "Gradient Multi-Normalization for Stateless and Scalable
-    LLM Training", algorithms 3 and 4, https://arxiv.org/abs/2502.06742.
+    LLM Training", algorithm 3, https://arxiv.org/abs/2502.06742.
     """
     rows_and_columns = [unit_scale("rms", axis=1), unit_scale("rms", axis=0)]
     return optax.chain(*rows_and_columns * iterations, optax.scale_by_learning_rate(learning_rate))

@@ -55,11 +55,10 @@ def scale_by_shape(
         output. In brackets, what must come before to give the result stated.
 
         - "spectral": :math:`\sqrt{n_{out}/n_{in}}` [`unit_scale()`]. The result is as above, with
-          equality for an update of rank one. A gradient is near to low rank, its rank being at most
-          the number of examples in the batch, and then the share of the bound that is reached
-          depends on the data and not on the width. An update of full rank with equal singular
-          values reaches only :math:`1/\sqrt{\min(n_{in}, n_{out})}` of it. An orthogonalised one,
-          as Muon's, reaches it in every direction.
+          equality at rank one. Of a gradient few singular values matter, how many depends on the
+          data rather than on the width, and so does then the share of the bound that is reached.
+          With r equal ones it is :math:`1/\sqrt r`, which for a full rank would shrink as the
+          layer grows. An orthogonalised update, such as Muon's, reaches the bound itself.
         - "muon": :math:`\sqrt{\max(1, n_{out}/n_{in})}` [orthogonalised]. The spectral norm is that
           factor. Scion has it for first layers that see images.
         - "consistent_rms": :math:`0.2 \sqrt{\max(n_{in}, n_{out})}` [orthogonalised]. The RMS is
@@ -102,7 +101,8 @@ def scale_by_shape(
 
     Numerics:
       A factor is a Python float, known when the update is traced; a leaf is multiplied by it once,
-      in its own dtype.
+      in its own dtype. Sharding changes nothing under `jax.jit`; but inside `jax.shard_map` a leaf
+      has the shape of one device's part, and this transformation belongs outside.
 
     Notes:
       Why "spectral" has these dimension numbers. Features of RMS 1 have a Euclidean norm of √n.
@@ -111,15 +111,16 @@ def scale_by_shape(
         :math:`\sqrt{n_{out}}`. All input axes make up :math:`n_{in}`, all output axes
         :math:`n_{out}`; in a convolution x is the patch under the kernel. (Scion divides a k by k
         convolution by k once more, which bounds the whole image rather than each place in it.)
-      - Bias: a kernel whose input is 1, so :math:`n_{in} = 1`. Of unit length, its elements are
-        :math:`1/\sqrt n` and become 1.
-      - Gain: a diagonal kernel, whose spectral norm is its largest element and is to be
-        :math:`\sqrt{n/n} = 1`. An update spread over all elements has them :math:`1/\sqrt n`, as a
-        bias. One that is a single element becomes √n: precede it by `unit_scale("linf")` where
-        that matters, with this transformation left out.
+      - Bias: a kernel whose input is 1, so :math:`n_{in} = 1`. Of unit norm, its elements have an
+        RMS of :math:`1/\sqrt n` and then of 1. It always reaches the bound, of which a kernel
+        reaches a share: where that is too much, give vectors a lower learning rate.
+      - Gain: a diagonal kernel, whose spectral norm, its largest element, is to be
+        :math:`\sqrt{n/n} = 1`. Spread over all elements, an update of unit norm has them
+        :math:`1/\sqrt n`, as a bias. For one that is not, `unit_scale("linf")` is exact, without
+        this transformation.
       - Embedding: a token picks one row, a vector that acts like a bias, so the rows are a batch
-        of vectors. With `unit_scale()` no row changes by an RMS of more than 1, and those of the r
-        tokens in a batch by about :math:`1/\sqrt r`; with `unit_scale(axis=-1)` for this leaf,
+        of vectors. With `unit_scale()` no row changes by an RMS of more than 1, and those of r
+        tokens alike by :math:`1/\sqrt r`, whatever the width; with `unit_scale(axis=-1)` for this leaf,
         each by 1. A table that is the output layer as well is best read as that: (1, 0).
       - Output layer: a kernel as any other. A logit changes by at most :math:`\sqrt{n_{out}}`.
 
