@@ -120,8 +120,8 @@ def scale_by_shape(
         this transformation.
       - Embedding: a token picks one row, a vector that acts like a bias, so the rows are a batch
         of vectors. With `unit_scale()` no row changes by an RMS of more than 1, and those of r
-        tokens alike by :math:`1/\sqrt r`, whatever the width; with `unit_scale(axis=-1)` for this leaf,
-        each by 1. A table that is the output layer as well is best read as that: (1, 0).
+        tokens alike by :math:`1/\sqrt r`, whatever the width; with `unit_scale(axis=-1)` for this
+        leaf, each by 1. A table that is the output layer as well is best read as that: (1, 0).
       - Output layer: a kernel as any other. A logit changes by at most :math:`\sqrt{n_{out}}`.
 
       What Optax already has. For layers stacked along axis 0, `jax.vmap` of `update`, inside which
