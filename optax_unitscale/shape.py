@@ -144,10 +144,10 @@ def scale_by_shape(
       {'bias': '0.8', 'kernel': '0.2'}
 
     Source:
-      "spectral": Yang, Simon, Bernstein 2023, "A Spectral Condition for Feature Learning", eq. 1,
+      "spectral": Yang, Simon, Bernstein 2023, "A Spectral Condition for Feature Learning",
       https://arxiv.org/abs/2310.17813. "muon": Jordan et al. 2024,
       https://kellerjordan.github.io/posts/muon/. "consistent_rms": Liu et al. 2025, "Muon is
-      Scalable for LLM Training", eq. 4, https://arxiv.org/abs/2502.16982. "sign", and the others
+      Scalable for LLM Training", https://arxiv.org/abs/2502.16982. "sign", and the others
       layer by layer: Pethick et al. 2025, "Training Deep Learning Models with Norm-Constrained
       LMOs", https://arxiv.org/abs/2502.07529. Depth: Yang et al. 2023, "Tensor Programs VI",
       https://arxiv.org/abs/2310.02244.
