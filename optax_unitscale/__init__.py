@@ -3,7 +3,15 @@
 from optax_unitscale.history import norm_ratios
 from optax_unitscale.observe import gradient_norms
 from optax_unitscale.plot import norms_table, plot_norms
+from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
-__all__ = ["gradient_norms", "norm_ratios", "norms_table", "plot_norms", "unit_scale"]
+__all__ = [
+    "gradient_norms",
+    "norm_ratios",
+    "norms_table",
+    "plot_norms",
+    "scale_by_shape",
+    "unit_scale",
+]
 __version__ = "0.1.0.dev0"
