@@ -206,7 +206,7 @@ def _panel(axes: Axes, dtype: str, columns: dict[str, list[float]]) -> None:
         heights[norms == 0] = rows["0"] + shift
         heights[np.isinf(norms)] = rows["inf"] + shift
         heights[np.isnan(norms)] = rows["NaN"] + shift
-        axes.plot(powers, heights, label=name, markevery=2, **style)
+        axes.plot(powers, heights, label=name, markevery=max(2, len(powers) // 40), **style)
     normal = np.log10(float(jnp.finfo(dtype).tiny))
     axes.axvspan(powers[0], normal, color="moccasin", zorder=0, label="subnormal elements")
     ticks = {_decade(d): d for d in [*_decades(low, high), 0]} | rows
