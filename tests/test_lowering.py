@@ -105,3 +105,23 @@ def test_the_program_grows_no_faster_than_the_number_of_leaves():
         return jax.jit(lambda t: scaled(t, scope="global")).lower(tree).as_text().count("\n")
 
     assert size(400) < 2.1 * size(200)
+
+
+def test_small_leaves_need_no_branch_and_no_more_kernels_than_clip_by_block_rms():
+    tree = [jax.ShapeDtypeStruct((64, 16 + i % 7), jnp.float32) for i in range(20)]
+    peer = optax.clip_by_block_rms(1.0)
+    texts = [
+        compiled(function, tree).as_text()
+        for function in (scaled, lambda tree: peer.update(tree, EMPTY)[0])
+    ]
+    ours, theirs = (len(re.findall(r" (?:fusion|conditional|call)\(", text)) for text in texts)
+    assert "conditional(" not in texts[0]
+    assert ours <= theirs
+
+
+def test_leaves_of_one_shape_are_traced_once():
+    def equations(leaves: int) -> int:
+        tree = [jax.ShapeDtypeStruct((64, 16), jnp.float32)] * leaves
+        return jax.jit(scaled).lower(tree).as_text().count("stablehlo.multiply")
+
+    assert equations(40) == equations(20)
