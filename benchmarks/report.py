@@ -60,7 +60,7 @@ def table(log: Log, names: list[str], task: Task) -> Table:
         "the test split. max/med, min/med: the largest and the smallest gradient norm of a layer "
         "over the median layer's, typical step.",
     )
-    result.add_column("optimizer")
+    result.add_column("optimizer", no_wrap=True)
     target = f"steps to {task.target:g}"
     for heading in ("rate", "final", "best", "test", target, "ms/step", "max/med", "min/med"):
         result.add_column(heading, justify="right")
