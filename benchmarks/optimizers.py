@@ -9,7 +9,7 @@ import optax
 
 from optax_unitscale import gradient_norms, unit_scale
 
-__all__ = ["OPTIMIZERS", "default_learning_rate", "make"]
+__all__ = ["OPTIMIZERS", "make"]
 
 MOMENTUM = 0.9
 
@@ -21,15 +21,6 @@ OPTIMIZERS = {
     "adamw": lambda rate: optax.adamw(rate),
     "unit_scale": lambda rate: optax.chain(unit_scale(), optax.sgd(rate, momentum=MOMENTUM)),
 }
-
-# The best of five half-decades each, none at an edge of its grid; every result is in
-# results/cpu-2-cores/language_modelling_learning_rates.json.
-_LEARNING_RATES = {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03}
-
-
-def default_learning_rate(name: str) -> float:
-    """The peak learning rate that served a contender best on language modelling."""
-    return _LEARNING_RATES[name]
 
 
 def make(name: str, learning_rate: float, steps: int) -> optax.GradientTransformation:

@@ -32,17 +32,17 @@ class _LossColumn(ProgressColumn):
         # The first step compiles for seconds before there is a loss; a finished run has none.
         if task.fields["loss"] is None:
             return Text("finished before" if task.finished else "compiling")
-        return Text(f"loss {task.fields['loss']:.3f} nats")
+        return Text(f"loss {task.fields['loss']:.3f}")
 
 
-def progress(console: Console) -> Progress:
-    """A live bar whose tasks carry the fields `loss` and `rate`, in tokens per second."""
+def progress(console: Console, unit: str) -> Progress:
+    """A live bar whose tasks carry the fields `loss` and `rate`, in `unit` per second."""
     return Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(),
         MofNCompleteColumn(),
         _LossColumn(),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn(f"{{task.fields[rate]:,.0f}} {unit}/s"),
         TimeRemainingColumn(),
         console=console,
     )
@@ -50,21 +50,25 @@ def progress(console: Console) -> Progress:
 
 def table(log: Log, names: list[str], task: Task) -> Table:
     """One row an optimizer: the metric, steps to the target, time, spread of the norms."""
+    better = "higher" if task.higher_is_better else "lower"
     result = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"Validation, {task.metric}: lower is better",
-        caption="rate: peak learning rate. max/med, min/med: the largest and the smallest gradient "
-        "norm of a layer over the median layer's, typical step.",
+        title=f"{task.metric}, {better} is better",
+        padding=(0, 1, 0, 0),
+        caption="rate: peak learning rate. final, best: of the validation split. test: final, of "
+        "the test split. max/med, min/med: the largest and the smallest gradient norm of a layer "
+        "over the median layer's, typical step.",
     )
-    result.add_column("optimizer")
+    result.add_column("optimizer", no_wrap=True)
     target = f"steps to {task.target:g}"
-    for heading in ("rate", "final", "best", target, "ms/step", "max/med", "min/med"):
+    for heading in ("rate", "final", "best", "test", target, "ms/step", "max/med", "min/med"):
         result.add_column(heading, justify="right")
+    best = np.nanmax if task.higher_is_better else np.nanmin
     for name in names:
-        evaluations = log.of("evaluation", name)
+        evaluations, results = log.of("evaluation", name), log.of("result", name)
         values = [_float(e["value"]) for e in evaluations]
-        reached = [e["step"] for e in evaluations if _float(e["value"]) <= task.target]
+        reached = [e["step"] for e in evaluations if task.better(_float(e["value"]), task.target)]
         # The first step compiles.
         seconds = [e["seconds"] for e in log.of("step", name)[1:]]
         largest, smallest = _spread(log, name)
@@ -72,7 +76,8 @@ def table(log: Log, names: list[str], task: Task) -> Table:
             name,
             f"{log.of('run', name)[0]['learning_rate']:g}",
             f"{values[-1]:.3f}" if values else "-",
-            f"{np.nanmin(values):.3f}" if np.isfinite(values).any() else "-",
+            f"{best(values):.3f}" if np.isfinite(values).any() else "-",
+            f"{_float(results[0]['test']):.3f}" if results else "-",
             str(reached[0]) if reached else "never",
             f"{1000 * np.median(seconds):.1f}" if seconds else "-",
             f"{largest:.1f}",
@@ -82,7 +87,7 @@ def table(log: Log, names: list[str], task: Task) -> Table:
 
 
 def samples(log: Log, names: list[str]) -> list[Panel]:
-    """What each model made of the same unseen input."""
+    """What each model made of the same unseen inputs."""
     texts = [(name, entry["text"]) for name in names for entry in log.of("sample", name)]
     return [Panel(Text(text), title=name, title_align="left") for name, text in texts]
 
@@ -106,7 +111,7 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
         )
     right.axhline(task.target, color="grey", linestyle=":", label=f"target {task.target:g}")
     left.set(title="Training, running mean over 2.5 % of the steps")
-    left.set(xlabel="step", ylabel="loss [nats per token]")
+    left.set(xlabel="step", ylabel="loss")
     right.set(title="Validation", xlabel="step", ylabel=task.metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import matplotlib.pyplot as plt
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -24,6 +25,7 @@ __all__ = ["Config", "Log", "describe", "train"]
 
 Entry = dict[str, Any]
 EVALUATIONS = 20
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Log:
         whole.replace(self.path)
 
     def of(self, kind: str, optimizer: str) -> list[Entry]:
-        """The entries of one kind and optimizer; kinds are run, step, evaluation and sample."""
+        """The entries of a kind (run, step, evaluation, result, sample) and an optimizer."""
         return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
 
 
@@ -108,7 +110,8 @@ def train(
     Args:
       config: the run.
       task: its task.
-      log: receives the run, every step, and twenty evaluations.
+      log: receives the run, every step, twenty evaluations, the result on all splits, and a
+        sample; a picture of it lies beside the log.
       checkpoints: the folder of this run's checkpoints, made where missing.
       every: steps between checkpoints; the last step is always kept.
       layout: on which devices; a run may go on with another.
@@ -143,15 +146,28 @@ def train(
             norms = {name: _number(norm) for name, norm in norms.items()}
             log.append(kind="step", **entry, loss=_number(loss), seconds=seconds, norms=norms)
             if step in evaluate_at:
-                value = task.evaluate(layout.collect(nnx.merge(graph, state)[0]))
+                value = task.evaluate(layout.collect(nnx.merge(graph, state)[0]), "validation")
                 log.append(kind="evaluation", **entry, value=_number(value))
             # After the log, so that a checkpoint is never ahead of it.
             if step % every == 0 or step == config.steps:
                 manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
             yield step, float(loss)
-        if not log.of("sample", config.optimizer):
-            text = task.sample(layout.collect(nnx.merge(graph, state)[0]), config.seed)
-            log.append(kind="sample", optimizer=config.optimizer, text=text)
+        _conclude(config, task, log, layout.collect(nnx.merge(graph, state)[0]))
+
+
+def _conclude(config: Config, task: Task, log: Log, model: nnx.Module) -> None:
+    """Adds what a trained model is worth, and what it can do, where the log lacks it."""
+    if not log.of("result", config.optimizer):
+        values = {split: _number(task.evaluate(model, split)) for split in SPLITS}
+        log.append(kind="result", optimizer=config.optimizer, **values)
+    if log.of("sample", config.optimizer):
+        return
+    if task.draw and log.writes:
+        figure = task.draw(model, config.seed)
+        figure.savefig(log.path.parent / f"sample_{config.optimizer}.png", dpi=130)
+        plt.close(figure)
+    text = task.sample(model, config.seed)
+    log.append(kind="sample", optimizer=config.optimizer, text=text)
 
 
 def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import training
+from benchmarks import data, training
 from benchmarks.__main__ import main
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.sharding import Layout
@@ -71,6 +71,9 @@ def test_a_run_logs_every_step_of_every_optimizer_and_its_origin(finished):
         assert all(e["norms"]["blocks/layers/0/attention/query/kernel"] > 0 for e in steps)
         assert [e["step"] for e in log.of("evaluation", name)] == list(range(1, STEPS + 1))
         assert len(log.of("sample", name)) == 1
+        (result,) = log.of("result", name)
+        assert result["validation"] == log.of("evaluation", name)[-1]["value"]
+        assert len({result[split] for split in ("train", "validation", "test")}) == 3
     assert steps_of(finished, "unit_scale")[0]["loss"] == steps_of(finished, "sgd")[0]["loss"]
 
 
@@ -180,7 +183,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("task", "steps", "optimizer", "learning-rate", "seed", "batch-size", "out"):
         assert f"--{option}" in text
-    for name in (*OPTIMIZERS, "--checkpoint-every", "--resume", "default: 1200"):
+    for name in (*OPTIMIZERS, "--checkpoint-every", "--resume", data.FOLDER_VARIABLE):
         assert name in text
 
 

@@ -1,16 +1,21 @@
 """The tasks' data and the models: deterministic, disjoint, causal."""
 
+import dataclasses
 import functools
+import importlib
+import math
 import pathlib
 import pydoc_data.topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from benchmarks import tasks
 from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.tasks import language_modelling
 
 
@@ -50,7 +55,24 @@ def test_a_module_in_the_folder_is_a_task():
     folder = pathlib.Path(language_modelling.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert set(tasks.TASKS) == files
-    assert all(isinstance(tasks.load(name), tasks.Task) for name in files)
+    modules = [importlib.import_module(f"benchmarks.tasks.{name}") for name in files]
+    assert all(callable(module.load) for module in modules)
+
+
+def test_every_contender_has_a_learning_rate():
+    assert set(language_modelling.load().learning_rates) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("higher", "lower"), [(2.0, 1.0), (math.inf, 1.0)])
+def test_better_follows_the_direction_of_the_metric(higher, lower):
+    task = language_modelling.load()
+    upwards = dataclasses.replace(task, higher_is_better=True)
+    assert (upwards.better(higher, lower), task.better(higher, lower)) == (True, False)
+    assert (upwards.better(lower, higher), task.better(lower, higher)) == (False, True)
+    assert upwards.better(lower, lower)
+    assert task.better(lower, lower)
+    assert not upwards.better(math.nan, lower)
+    assert not task.better(math.nan, lower)
 
 
 def test_a_sample_holds_nothing_that_a_terminal_would_obey():

@@ -10,9 +10,9 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import interrupt, processes, report, runs, training
+from benchmarks import data, interrupt, processes, report, runs, training
 from benchmarks.arguments import Parser, positive_number, whole_number
-from benchmarks.optimizers import OPTIMIZERS, default_learning_rate
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.sharding import Layout
 from benchmarks.tasks import TASKS, Task, load
 
@@ -25,18 +25,19 @@ LARGEST_SEED = 2**32 - 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add = parser.add_argument
+    escaped = str(data.folder()).replace("%", "%%")
     add(
         "--task",
         choices=TASKS,
         default="language_modelling",
-        help="what to learn (default: %(default)s)",
+        help="what to learn (default: %(default)s). Some read packages from the package index as "
+        f"data, kept in {escaped} or where {data.FOLDER_VARIABLE} says",
     )
     add(
         "--steps",
         type=whole_number(1),
-        default=1200,
         metavar="N",
-        help="training steps for each optimizer (default: %(default)s)",
+        help="training steps for each optimizer (default: the task's)",
     )
     add(
         "--optimizer",
@@ -44,12 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(OPTIMIZERS),
         help="an optimizer to train with; repeat it for several (default: all)",
     )
-    rates = ", ".join(f"{name} {default_learning_rate(name):g}" for name in OPTIMIZERS)
     add(
         "--learning-rate",
         type=positive_number,
         metavar="RATE",
-        help=f"peak learning rate of every optimizer (default: each one's best: {rates})",
+        help="peak learning rate of every optimizer (default: the task's for each)",
     )
     add(
         "--seed",
@@ -88,7 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Trains, writes, prints; returns the exit status."""
     names = list(dict.fromkeys(options.optimizer or OPTIMIZERS))
-    task = load(options.task)
+    # Figures go to files; a desktop's windows would come between.
+    mpl.use("Agg")
+    try:
+        task = load(options.task)
+    except data.UnavailableError as error:
+        parser.error(f"argument --task: {error}")
     batch_size = options.batch_size or task.batch_size
     processes.check_arguments(parser, options, batch_size)
     out = runs.folder(parser, options)
@@ -97,8 +102,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             task=options.task,
             data_sha256=task.fingerprint,
             optimizer=name,
-            learning_rate=options.learning_rate or default_learning_rate(name),
-            steps=options.steps,
+            learning_rate=options.learning_rate or task.learning_rates[name],
+            steps=options.steps or task.steps,
             batch_size=batch_size,
             seed=options.seed,
         )
@@ -117,7 +122,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             training.train, task=task, log=log, every=options.checkpoint_every, layout=layout
         )
         with interrupt.deferred() as stop:
-            with report.progress(console) as bar:
+            with report.progress(console, task.unit) as bar:
                 finished = _train(bar, configs, task.tokens, train, out / "checkpoints", stop)
             if log.writes:
                 _show(console, log, names, task, out)
@@ -158,8 +163,8 @@ def _show(
     console.print(report.table(log, started, task))
     for panel in report.samples(log, started):
         console.print(panel)
-    mpl.use("Agg")
     report.plot_losses(log, started, task, out / "losses.png")
     report.plot_gradient_norms(log, started, out / "gradient_norms.png")
-    for name in ("losses.png", "gradient_norms.png", "metrics.jsonl"):
+    drawn = [path.name for name in started if (path := out / f"sample_{name}.png").exists()]
+    for name in ("losses.png", "gradient_norms.png", *drawn, "metrics.jsonl"):
         console.print(f"wrote {out / name}", soft_wrap=True)

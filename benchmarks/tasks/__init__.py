@@ -3,14 +3,15 @@
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
-__all__ = ["TASKS", "Rows", "Task", "load"]
+__all__ = ["TASKS", "Rows", "Task", "load", "printable"]
 
 Batch = Any
 Rows = slice | np.ndarray
@@ -24,29 +25,49 @@ class Task:
     """Data, model, loss and metric of one application.
 
     Attributes:
-      metric: the name of what `evaluate` returns, with its unit; lower is better.
+      metric: the name of what `evaluate` returns, with its unit.
+      higher_is_better: whether a good model has a high metric, such as an accuracy.
       target: the value of the metric that counts as reached, fixed before any run.
       fingerprint: the SHA-256 of the data, hexadecimal.
+      steps: training steps unless the user says otherwise.
       batch_size: examples in a batch unless the user says otherwise.
-      tokens: how many tokens one example holds, for the throughput.
+      tokens: how many of `unit` one example holds, for the throughput.
+      unit: what a model reads, in the plural: "tokens", "images".
+      learning_rates: the peak rate of every contender unless the user says otherwise.
       model: makes the model from a seed.
       batch: those rows of a training batch that `(seed, step, batch_size, rows)` names by a slice
         or by indices, a pure function; its leaves' first axis is the row.
       loss: the scalar training loss of a model on a batch.
-      evaluate: the metric of a model on the validation split.
-      sample: what the model makes of an unseen input, as text, from a seed.
+      evaluate: the metric of a model on a split: "validation", "test", or "train", which stands
+        for a fixed part of the training data, about as large as the validation split.
+      sample: what the model makes of unseen inputs, as text, from a seed.
+      draw: the same as a picture, where people would rather look.
     """
 
     metric: str
+    higher_is_better: bool
     target: float
     fingerprint: str
+    steps: int
     batch_size: int
     tokens: int
+    unit: str
+    learning_rates: Mapping[str, float]
     model: Callable[[int], nnx.Module]
     batch: Callable[..., Batch]
     loss: Callable[[Any, Batch], jax.Array]
-    evaluate: Callable[[Any], float]
+    evaluate: Callable[[Any, str], float]
     sample: Callable[[Any, int], str]
+    draw: Callable[[Any, int], Figure] | None = None
+
+    def better(self, value: float, other: float) -> bool:
+        """Whether one value of the metric is at least as good as another; no NaN is."""
+        return value >= other if self.higher_is_better else value <= other
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey, which an untrained model may write."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def load(name: str) -> Task:

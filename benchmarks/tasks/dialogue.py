@@ -1,0 +1,85 @@
+"""Replies in conversations between people who chat with strangers."""
+
+import functools
+import itertools
+import json
+
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks import data
+from benchmarks.completion import Pair, Pairs, evaluation_loss, loss
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import Task
+
+__all__ = ["load", "pairs", "splits"]
+
+PACKAGE = (
+    "chitchat-dataset",
+    "0.9.0",
+    "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+)
+VOCABULARY = 2000
+LONGEST = 60
+SHOWN = 6
+
+
+def splits() -> dict[str, list[Pair]]:
+    """Turns of at most 60 characters and the replies to them, divided by conversation."""
+    with data.archive(*PACKAGE) as wheel:
+        conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
+    turns = [
+        (name, place, pair)
+        for name, conversation in conversations.items()
+        for place, pair in enumerate(_read(conversation["messages"]))
+    ]
+    divided = data.divide(turns, unit=lambda turn: turn[0])
+    return {split: [pair for *_, pair in part] for split, part in divided.items()}
+
+
+def _read(turns: list[list[dict[str, str]]]) -> list[Pair]:
+    """Each turn, which can be several messages, with the next."""
+    texts = [" ".join(" ".join(message["text"] for message in turn).split()) for turn in turns]
+    short = [text if 0 < len(text) <= LONGEST else "" for text in texts]
+    return [pair for pair in itertools.pairwise(short) if all(pair)]
+
+
+@functools.cache
+def pairs() -> Pairs:
+    """The turns as tokens."""
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=20, evaluated=128)
+
+
+def load() -> Task:
+    """Reads the conversations."""
+    read = pairs()
+    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
+    return Task(
+        metric="perplexity of a reply's tokens",
+        higher_is_better=False,
+        # What AdamW reached in a pilot of half the steps.
+        target=340.0,
+        fingerprint=read.fingerprint,
+        steps=600,
+        batch_size=16,
+        tokens=read.context,
+        unit="tokens",
+        # The best of three or four half-decades each, none at an edge: half the steps, one seed.
+        learning_rates={"sgd": 0.3, "clip": 0.3, "adamw": 0.003, "unit_scale": 0.1},
+        model=lambda seed: GPT(config, nnx.Rngs(seed)),
+        batch=read.batch,
+        loss=loss,
+        evaluate=_evaluate,
+        sample=_sample,
+    )
+
+
+def _evaluate(model: GPT, split: str) -> float:
+    """The perplexity of the replies of a split's first pairs."""
+    return float(jnp.exp(evaluation_loss(model, pairs().first(split))))
+
+
+def _sample(model: GPT, seed: int) -> str:
+    """Likeliest replies to turns of unseen conversations, and what people replied."""
+    found, _ = pairs().complete(model, "test")
+    return pairs().show(found, SHOWN, seed)
