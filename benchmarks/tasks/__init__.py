@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-__all__ = ["TASKS", "Rows", "Task", "load"]
+__all__ = ["TASKS", "Rows", "Task", "load", "printable"]
 
 Batch = Any
 Rows = slice | np.ndarray
@@ -63,6 +63,11 @@ class Task:
     def better(self, value: float, other: float) -> bool:
         """Whether one value of the metric is at least as good as another; no NaN is."""
         return value >= other if self.higher_is_better else value <= other
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey, which an untrained model may write."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def load(name: str) -> Task:

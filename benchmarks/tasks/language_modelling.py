@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from benchmarks.models.gpt import GPT, GPTConfig
-from benchmarks.tasks import Rows, Task
+from benchmarks.tasks import Rows, Task, printable
 
 __all__ = ["load", "splits"]
 
@@ -104,6 +104,4 @@ def _sample(model: GPT, seed: int) -> str:
     prompt_text, continuation = (
         bytes(np.asarray(part, np.uint8)).decode(errors="replace") for part in (prompt, tokens)
     )
-    # An untrained model writes any byte, and a terminal obeys some.
-    text = f"{prompt_text}▸{continuation}"
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(f"{prompt_text}▸{continuation}")

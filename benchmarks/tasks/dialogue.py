@@ -1,0 +1,81 @@
+"""Replies in conversations between people who chat with strangers."""
+
+import functools
+import json
+import math
+
+from flax import nnx
+
+from benchmarks import data
+from benchmarks.completion import Pair, Pairs, evaluation_loss, loss
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import Task
+
+__all__ = ["load", "splits"]
+
+PACKAGE = (
+    "chitchat-dataset",
+    "0.9.0",
+    "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+)
+VOCABULARY = 2000
+LONGEST = 60
+SHOWN = 6
+
+
+def splits() -> dict[str, list[Pair]]:
+    """Turns of at most 60 characters and the replies to them, divided by conversation."""
+    with data.archive(*PACKAGE) as wheel:
+        conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
+    turns = [
+        (name, place, pair)
+        for name, conversation in conversations.items()
+        for place, pair in enumerate(_read(conversation["messages"]))
+    ]
+    divided = data.divide(turns, unit=lambda turn: turn[0])
+    return {split: [pair for *_, pair in part] for split, part in divided.items()}
+
+
+def _read(turns: list[list[dict[str, str]]]) -> list[Pair]:
+    """Each turn, which can be several messages, with the next."""
+    texts = [" ".join(" ".join(message["text"] for message in turn).split()) for turn in turns]
+    short = [text if 0 < len(text) <= LONGEST else "" for text in texts]
+    return [pair for pair in zip(short, short[1:], strict=False) if all(pair)]
+
+
+@functools.cache
+def _pairs() -> Pairs:
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=20, evaluated=128)
+
+
+def load() -> Task:
+    """Reads the conversations."""
+    pairs = _pairs()
+    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    return Task(
+        metric="perplexity of a reply's tokens",
+        higher_is_better=False,
+        target=80.0,
+        fingerprint=pairs.fingerprint,
+        steps=600,
+        batch_size=16,
+        tokens=pairs.context,
+        unit="tokens",
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        model=lambda seed: GPT(config, nnx.Rngs(seed)),
+        batch=pairs.batch,
+        loss=loss,
+        evaluate=_evaluate,
+        sample=_sample,
+    )
+
+
+def _evaluate(model: GPT, split: str) -> float:
+    """The perplexity of the replies of a split's first pairs."""
+    return math.exp(evaluation_loss(model, _pairs().first(split)))
+
+
+def _sample(model: GPT, seed: int) -> str:
+    """Likeliest replies to turns of unseen conversations, and what people replied."""
+    found, _ = _pairs().complete(model, "test")
+    return _pairs().show(found, SHOWN, seed)

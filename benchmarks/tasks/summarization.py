@@ -1,0 +1,111 @@
+"""Summaries of functions and classes of Python: their first line from the rest of their docs."""
+
+import ast
+import functools
+import json
+import pathlib
+import warnings
+import zipfile
+
+from flax import nnx
+from rouge_score.rouge_scorer import RougeScorer
+
+from benchmarks import data
+from benchmarks.completion import Pair, Pairs, loss
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import Task
+
+__all__ = ["load", "splits"]
+
+PACKAGES = [
+    ("jax", "0.10.2", "724d73c4678d8b06f6a6ab4db1b8a2fea8cd4f1e2c2564f99601634ec7b8d1c6"),
+    ("flax", "0.12.8", "807931d369cbc716fc447801ab39cd6c3c2614d573387a2319a028675dd34fe5"),
+    ("optax", "0.2.8", "e3ca2d36c99daab1800ae9dbc0545034382d6bc780b24d969e1b0df65fa31cb4"),
+    ("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762"),
+    ("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
+]
+VOCABULARY = 2000
+SHOWN = 4
+READ = 200
+
+
+def splits() -> dict[str, list[Pair]]:
+    """Names with the bodies of their docstrings, and the first lines, divided by source file."""
+    source = pathlib.Path(__file__).read_text()
+    triples = [tuple(triple) for triple in json.loads(data.cached("docstrings.json", source, _read_all))]
+    divided = data.divide(triples, unit=lambda triple: triple[0])
+    return {name: [(x[1], x[2]) for x in part] for name, part in divided.items()}
+
+
+def _read_all() -> bytes:
+    """File, prompt and summary of every docstring that has a body, each body and summary once."""
+    print("Reading the docstrings of five packages, once", flush=True)
+    triples, seen = [], set()
+    for package in PACKAGES:
+        with data.archive(*package) as wheel:
+            for path in sorted(wheel.namelist()):
+                if not path.endswith(".py") or "/tests/" in path:
+                    continue
+                for prompt, summary in _read(wheel, path):
+                    if prompt not in seen and summary not in seen:
+                        seen |= {prompt, summary}
+                        triples.append((path, prompt, summary))
+    return json.dumps(triples).encode()
+
+
+def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:
+    with warnings.catch_warnings():
+        # Of other people's escapes.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(wheel.read(path))
+    pairs = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first, _, body = (ast.get_docstring(node) or "").partition("\n\n")
+            summary = " ".join(first.split())
+            if len(body.split()) >= 10 and 3 <= len(summary.split()) <= 12:
+                # A model reads fewer tokens than that.
+                body = " ".join(body.split())[:READ]
+                pairs.append((f"{node.name}: {body}", summary))
+    return pairs
+
+
+@functools.cache
+def _pairs() -> Pairs:
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=32, completion=16, evaluated=64)
+
+
+def load() -> Task:
+    """Reads the docstrings."""
+    pairs = _pairs()
+    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    return Task(
+        metric="ROUGE-L",
+        higher_is_better=True,
+        target=20.0,
+        fingerprint=pairs.fingerprint,
+        steps=600,
+        batch_size=16,
+        tokens=pairs.context,
+        unit="tokens",
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        model=lambda seed: GPT(config, nnx.Rngs(seed)),
+        batch=pairs.batch,
+        loss=loss,
+        evaluate=_evaluate,
+        sample=_sample,
+    )
+
+
+def _evaluate(model: GPT, split: str) -> float:
+    """The mean F-measure of ROUGE-L over a split's first summaries, from 0 to 100."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    found, wanted = _pairs().complete(model, split)
+    scores = [scorer.score(*x)["rougeL"].fmeasure for x in zip(wanted, found, strict=True)]
+    return 100 * sum(scores) / len(scores)
+
+
+def _sample(model: GPT, seed: int) -> str:
+    """Summaries of unseen docstrings."""
+    found, _ = _pairs().complete(model, "test")
+    return _pairs().show(found, SHOWN, seed)

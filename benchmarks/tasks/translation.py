@@ -1,0 +1,101 @@
+"""Translation of programs' messages from English to French, from their gettext catalogs."""
+
+import functools
+import gettext
+import io
+import re
+
+import sacrebleu
+from flax import nnx
+
+from benchmarks import data
+from benchmarks.completion import Pair, Pairs, loss
+from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.tasks import Task
+
+__all__ = ["load", "splits"]
+
+PACKAGES = [
+    (
+        "jupyterlab-language-pack-fr-FR",
+        "4.5.post3",
+        "9f6ce9d4e64b367ff084a2313af29d6ad8a02d1d08000f3e6c53e2856fa9a11f",
+    ),
+    ("Trac", "1.6", "5ff2f3394ebee7cc5b8ee465871cfdecb78ee492a74215b47b6d9ddbcc93b5f7"),
+    (
+        "django-allauth",
+        "65.21.1",
+        "7bdf018c9f3f0a32c80677f84e7777272d9c833b180bd6734314c4831c802a9e",
+    ),
+]
+VOCABULARY = 2000
+SHOWN = 4
+
+
+def splits() -> dict[str, list[Pair]]:
+    """Messages of two to twelve words and their translations, divided by what the message says."""
+    pairs: dict[str, Pair] = {}
+    for package in PACKAGES:
+        with data.archive(*package) as wheel:
+            for name in sorted(wheel.namelist()):
+                if re.search(r"/fr(_FR)?/LC_MESSAGES/.*\.mo$", name):
+                    for pair in _read(wheel.read(name)):
+                        pairs.setdefault(_saying(pair), pair)
+    return data.divide(pairs.values(), _saying)
+
+
+def _read(catalog: bytes) -> list[Pair]:
+    pairs = []
+    for key, translation in vars(gettext.GNUTranslations(io.BytesIO(catalog)))["_catalog"].items():
+        # A message with a plural comes with the number of its form; a context goes before \x04.
+        message, form = key if isinstance(key, tuple) else (key, 0)
+        source, target = (" ".join(x.split()) for x in (message.split("\x04")[-1], translation))
+        if form == 0 and source != target and 2 <= len(source.split()) <= 12:
+            pairs.append((source, target))
+    return pairs
+
+
+def _saying(pair: Pair) -> str:
+    """The words of a message: "Reset all…" and "Reset All" are no two sources."""
+    return " ".join(re.findall(r"\w+", pair[0].lower()))
+
+
+@functools.cache
+def _pairs() -> Pairs:
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=18, completion=22, evaluated=128)
+
+
+def load() -> Task:
+    """Reads the catalogs."""
+    pairs = _pairs()
+    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    return Task(
+        metric="chrF",
+        higher_is_better=True,
+        target=25.0,
+        fingerprint=pairs.fingerprint,
+        steps=600,
+        batch_size=16,
+        tokens=pairs.context,
+        unit="tokens",
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        model=lambda seed: GPT(config, nnx.Rngs(seed)),
+        batch=pairs.batch,
+        loss=loss,
+        evaluate=_evaluate,
+        sample=_sample,
+    )
+
+
+def _evaluate(model: GPT, split: str) -> float:
+    """The chrF of a split's first sentences as one corpus, from 0 to 100."""
+    found, wanted = _pairs().complete(model, split)
+    return sacrebleu.corpus_chrf(found, [wanted]).score
+
+
+def _sample(model: GPT, seed: int) -> str:
+    """Translations of unseen messages, and the BLEU of all that were translated."""
+    found, wanted = _pairs().complete(model, "test")
+    bleu = sacrebleu.corpus_bleu(found, [wanted]).score
+    text = _pairs().show(found, SHOWN, seed)
+    return f"{text}\n\nBLEU of {len(found)} test messages: {bleu:.1f}"
