@@ -33,9 +33,7 @@ def split(pixels: np.ndarray, labels: np.ndarray) -> dict[str, Images]:
     """Eight tenths to train, one to validate and one to test, all with the same mix of labels."""
     indices = np.arange(len(labels))
     train, rest = train_test_split(indices, test_size=0.2, random_state=0, stratify=labels)
-    validation, test = train_test_split(
-        rest, test_size=0.5, random_state=0, stratify=labels[rest]
-    )
+    validation, test = train_test_split(rest, test_size=0.5, random_state=0, stratify=labels[rest])
     parts = {"train": train, "validation": validation, "test": test}
     return {
         name: Images(pixels[part].astype(np.float32), labels[part].astype(np.int32))
@@ -68,7 +66,11 @@ def make_task(
         """Some images of the test split, their labels, and what the model takes them for."""
         pixels, labels = splits["test"]
         chosen = np.random.default_rng(seed).choice(len(labels), SHOWN, replace=False)
-        return pixels[chosen], labels[chosen], np.asarray(_predict(model, jnp.asarray(pixels[chosen])))
+        return (
+            pixels[chosen],
+            labels[chosen],
+            np.asarray(_predict(model, jnp.asarray(pixels[chosen]))),
+        )
 
     digests = [array.tobytes() for name in splits for array in splits[name]]
     return Task(

@@ -8,12 +8,13 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.models.detector import STRIDE
 
-__all__ = ["SYMMETRIES", "average_precision", "cut", "decode", "encode", "turn"]
+__all__ = ["SYMMETRIES", "average_precision", "cut", "decode", "encode", "hit", "turn"]
 
 SYMMETRIES = 8
 # A tree of which a tile shows less cannot be recognised as one.
@@ -44,8 +45,8 @@ def turn(image: np.ndarray, boxes: np.ndarray, how: int) -> tuple[np.ndarray, np
 def encode(boxes: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """What a detector should say of a square image: (cells, cells) and (cells, cells, 4).
 
-    The first is 1 in the cell of a centre and falls off around it as a Gaussian with a tenth of the
-    box's sides for standard deviations; the second describes the box of the greatest Gaussian.
+    The first is 1 in the cell of a centre and falls off around it as a Gaussian with a seventh of
+    the box's sides for standard deviations; the second describes the box of the greatest Gaussian.
     """
     if not len(boxes):
         return np.zeros((cells, cells), np.float32), np.zeros((cells, cells, 4), np.float32)
@@ -56,7 +57,7 @@ def encode(boxes: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
     grid = np.stack(np.broadcast_arrays(middles[None, :], middles[:, None]), -1)[None]
     offsets = centres[:, None, None] - grid
     distances = np.where(np.floor(centres)[:, None, None] == grid - 0.5, 0.0, offsets)
-    distances = distances / (0.1 * sides[:, None, None])
+    distances = distances / (sides[:, None, None] / 7)
     heat = np.exp(-(distances**2).sum(-1) / 2)
     nearest = heat.argmax(0)[None, ..., None]
     described = np.concatenate(
@@ -84,6 +85,14 @@ def decode(heat: np.ndarray, described: np.ndarray, least: float) -> tuple[np.nd
     half = np.exp(found[:, 2:]) / 2
     boxes = np.concatenate([centres - half, centres + half], -1) * STRIDE
     return boxes, heat[rows, columns]
+
+
+def hit(truth: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Which of an image's true boxes some other box overlaps with an IoU of a half or more."""
+    if not len(truth) or not len(boxes):
+        return np.zeros(len(truth), bool)
+    overlaps = mask.iou(_corner_and_sides(boxes), _corner_and_sides(truth), [0] * len(truth))
+    return overlaps.max(0) >= 0.5
 
 
 def average_precision(

@@ -16,7 +16,6 @@ class Block(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, rngs: nnx.Rngs):
         self.residual = (inputs, stride) == (outputs, 1)
-        # No bias: the normalisation is blind to most of it.
         self.convolution = nnx.Conv(
             inputs,
             outputs,
@@ -26,6 +25,7 @@ class Block(nnx.Module):
             use_bias=False,
             rngs=rngs,
         )
+        # Over features alone, so that it does the same to a tile and to a whole photograph.
         self.norm = nnx.LayerNorm(outputs, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,13 +35,13 @@ class Block(nnx.Module):
 
 
 class Detector(nnx.Module):
-    """Three blocks that halve the image, three that look around, and two heads."""
+    """Three blocks that halve the image, three that look ever further around, and two heads."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
-        widths = itertools.pairwise((3, width // 4, width // 2, width, width, width, width))
-        strides, dilations = (2, 2, 2, 1, 1, 1), (1, 1, 1, 1, 2, 4)
+        halving = itertools.pairwise((3, width // 4, width // 2, width))
         self.blocks = nnx.Sequential(
-            *(Block(*pair, stride, dilation, rngs) for pair, stride, dilation in zip(widths, strides, dilations, strict=True))
+            *(Block(*widths, stride=2, dilation=1, rngs=rngs) for widths in halving),
+            *(Block(width, width, stride=1, dilation=2**i, rngs=rngs) for i in range(3)),
         )
         # Begins where a centre is as rare as it is: in one cell of fifty.
         rare = nnx.initializers.constant(-4.0)

@@ -1,6 +1,7 @@
 """A plain recurrent network, whose gradients explode where its recurrent weights are large."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 __all__ = ["RNN"]
@@ -20,4 +21,4 @@ class RNN(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images, read `inputs` pixels a step, to logits of shape (batch, outputs)."""
         sequence = images.reshape(len(images), -1, self.inputs)
-        return self.head(self.recurrent(sequence)[:, -1])
+        return self.head(jnp.asarray(self.recurrent(sequence))[:, -1])

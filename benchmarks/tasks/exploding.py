@@ -1,6 +1,6 @@
 """Naming handwritten digits read seven pixels at a time, by a network whose gradients explode.
 
-Every one of the 112 steps of the recurrence can double a gradient.
+The image is a sequence of 112 steps, each of which can make a gradient larger by `GAIN`.
 """
 
 from flax import nnx
@@ -12,14 +12,18 @@ from benchmarks.tasks.image_classification import splits
 
 __all__ = ["load"]
 
+PIXELS = 7
+WIDTH = 64
+GAIN = 1.7
+
 
 def load() -> Task:
     """Reads the images of the task `image_classification`."""
     return make_task(
         splits(),
-        lambda seed: RNN(7, 64, 2.0, 10, nnx.Rngs(seed)),
-        target=60.0,
+        lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
+        target=50.0,
         steps=1000,
         batch_size=64,
-        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.003, "unit_scale": 0.03},
+        learning_rates={"sgd": 0.001, "clip": 0.01, "adamw": 0.001, "unit_scale": 0.02},
     )

@@ -20,9 +20,9 @@ WIDTH = 64
 
 @functools.cache
 def splits() -> dict[str, Images]:
-    """The 1797 images of 8×8 pixels that scikit-learn holds."""
-    digits = load_digits()
-    return split(digits.images / 16, digits.target)
+    """The 1797 images of 8 by 8 pixels that scikit-learn holds."""
+    pixels, labels = load_digits(return_X_y=True)
+    return split(pixels.reshape(-1, 8, 8) / 16, labels)
 
 
 def load() -> Task:
