@@ -94,7 +94,9 @@ def make_task(
 
 def _loss(model: Callable[[jax.Array], jax.Array], batch: Images) -> jax.Array:
     """Mean cross-entropy of the label, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(model(batch.pixels), batch.labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        model(jnp.asarray(batch.pixels)), batch.labels
+    ).mean()
 
 
 @nnx.jit

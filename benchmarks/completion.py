@@ -1,26 +1,41 @@
 """What tasks share in which a GPT reads a prompt and writes its completion, such as a reply."""
 
-import hashlib
+import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from benchmarks import data
 from benchmarks.models.gpt import GPT, complete
 from benchmarks.tasks import Rows, printable
 
-__all__ = ["Examples", "Pair", "Pairs", "evaluation_loss", "loss"]
+__all__ = ["PAD", "Examples", "Pair", "Pairs", "evaluation_loss", "learn_tokenizer", "loss"]
 
 Pair = tuple[str, str]
 PAD, SEPARATOR, END = range(3)
 SHOWN = 200
 SPECIAL = ["<pad>", "<separator>", "<end>"]
+
+
+def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Byte pairs that are frequent in some texts; where it was learnt before, it is read."""
+
+    def learn() -> bytes:
+        learner = ByteLevelBPETokenizer()
+        learner.train_from_iterator(
+            texts, vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
+        )
+        return learner.to_str().encode()
+
+    key = "\n".join([str(vocabulary), importlib.metadata.version("tokenizers"), *SPECIAL, *texts])
+    return Tokenizer.from_str(data.cached("tokenizer.json", key, learn).decode())
 
 
 class Examples(NamedTuple):
@@ -31,8 +46,8 @@ class Examples(NamedTuple):
       given: how many of each row the prompt and its separator take, shape (row,).
     """
 
-    tokens: jax.Array | np.ndarray
-    given: jax.Array | np.ndarray
+    tokens: Any
+    given: Any
 
 
 class Pairs:
@@ -65,11 +80,8 @@ class Pairs:
         self.splits = splits
         self.evaluated = evaluated
         self._lengths = prompt, completion
-        self._tokenizer = ByteLevelBPETokenizer()
         texts = [text for pair in splits["train"] for text in pair]
-        self._tokenizer.train_from_iterator(
-            texts, vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
-        )
+        self._tokenizer = learn_tokenizer(texts, vocabulary)
         self.examples = {name: self.encode(pairs) for name, pairs in splits.items()}
 
     def encode(self, pairs: Iterable[Pair]) -> Examples:
@@ -98,11 +110,7 @@ class Pairs:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of all examples."""
-        content = hashlib.sha256()
-        for examples in self.examples.values():
-            for array in examples:
-                content.update(np.asarray(array).tobytes())
-        return content.hexdigest()
+        return data.fingerprint(array for part in self.examples.values() for array in part)
 
     def batch(self, seed: int, step: int, batch_size: int, rows: Rows) -> Examples:
         """Random training examples."""
@@ -125,7 +133,6 @@ class Pairs:
             for row, start in zip(found, np.asarray(examples.given), strict=True)
         ]
         return texts, [completion for _, completion in self.splits[split][: self.evaluated]]
-
 
     def show(self, completions: Sequence[str], count: int, seed: int) -> str:
         """Prompts of the test split, what `complete` made of them, and what was wanted."""

@@ -10,9 +10,18 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+import numpy as np
 import platformdirs
 
-__all__ = ["FOLDER_VARIABLE", "UnavailableError", "archive", "cached", "divide", "folder"]
+__all__ = [
+    "FOLDER_VARIABLE",
+    "UnavailableError",
+    "archive",
+    "cached",
+    "divide",
+    "fingerprint",
+    "folder",
+]
 
 _Item = TypeVar("_Item")
 FOLDER_VARIABLE = "OPTAX_UNITSCALE_CACHE"
@@ -72,6 +81,14 @@ def divide(items: Iterable[_Item], unit: Callable[[_Item], str]) -> dict[str, li
         part = _digest(unit(item)) % 20
         splits["train" if part > 1 else ("validation", "test")[part]].append(item)
     return splits
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """The SHA-256 of the contents of arrays, hexadecimal."""
+    content = hashlib.sha256()
+    for array in arrays:
+        content.update(array.tobytes())
+    return content.hexdigest()
 
 
 def _digest(text: str) -> int:

@@ -5,6 +5,9 @@ Boxes are rows of (left, top, right, bottom) in pixels.
 
 import contextlib
 import io
+import json
+import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,7 +95,7 @@ def hit(truth: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     if not len(truth) or not len(boxes):
         return np.zeros(len(truth), bool)
     overlaps = mask.iou(_corner_and_sides(boxes), _corner_and_sides(truth), [0] * len(truth))
-    return overlaps.max(0) >= 0.5
+    return np.asarray(overlaps).max(0) >= 0.5
 
 
 def average_precision(
@@ -105,30 +108,33 @@ def average_precision(
       found: the boxes and scores that were found in each image.
     """
     annotations = [
-        {"image_id": i, "bbox": box, "area": box[2] * box[3], "category_id": 1, "iscrowd": 0}
+        {"image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for i, boxes in enumerate(truths)
         for box in _corner_and_sides(boxes).tolist()
     ]
-    # COCOeval takes an id of 0 for "not matched".
-    annotations = [{"id": n, **annotation} for n, annotation in enumerate(annotations, 1)]
-    results = np.concatenate(
-        [
-            np.column_stack([np.full(len(boxes), i), _corner_and_sides(boxes), scores])
-            for i, (boxes, scores) in enumerate(found)
-        ]
-    )
-    if not len(results):
+    results = [
+        {"image_id": i, "category_id": 1, "bbox": box, "score": score}
+        for i, (boxes, scores) in enumerate(found)
+        for box, score in zip(_corner_and_sides(boxes).tolist(), scores.tolist(), strict=True)
+    ]
+    if not results:
         return 0.0
-    truth = COCO()
-    truth.dataset = {
+    truth = {
         "images": [{"id": i} for i in range(len(truths))],
-        "annotations": annotations,
         "categories": [{"id": 1}],
+        # COCOeval takes an id of 0 for "not matched".
+        "annotations": [{"id": n, **annotation} for n, annotation in enumerate(annotations, 1)],
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        ones = np.ones((len(results), 1))
-        evaluation = COCOeval(truth, truth.loadRes(np.hstack([results, ones])), "bbox")
+    # COCO reads files and prints its progress.
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        paths = [pathlib.Path(scratch, name) for name in ("truth.json", "results.json")]
+        for path, content in zip(paths, (truth, results), strict=True):
+            path.write_text(json.dumps(content))
+        coco = COCO(str(paths[0]))
+        evaluation = COCOeval(coco, coco.loadRes(str(paths[1])), "bbox")
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.maxDets = [len(results)]
         evaluation.evaluate()

@@ -1,6 +1,8 @@
 """A decoder-only transformer: pre-norm blocks, causal attention, learned positions."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ class GPT(nnx.Module):
 
     def start(self, batch_size: int) -> None:
         """Prepares to `read` as many sequences."""
-        for block in self.blocks.layers:
+        for block in cast(Iterable[Block], self.blocks.layers):
             block.attention.init_cache((batch_size, self.config.context, self.config.width))
 
     def read(self, tokens: jax.Array, position: jax.Array) -> jax.Array:

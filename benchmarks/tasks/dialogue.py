@@ -1,9 +1,10 @@
 """Replies in conversations between people who chat with strangers."""
 
 import functools
+import itertools
 import json
-import math
 
+import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import data
@@ -11,7 +12,7 @@ from benchmarks.completion import Pair, Pairs, evaluation_loss, loss
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.tasks import Task
 
-__all__ = ["load", "splits"]
+__all__ = ["load", "pairs", "splits"]
 
 PACKAGE = (
     "chitchat-dataset",
@@ -40,30 +41,31 @@ def _read(turns: list[list[dict[str, str]]]) -> list[Pair]:
     """Each turn, which can be several messages, with the next."""
     texts = [" ".join(" ".join(message["text"] for message in turn).split()) for turn in turns]
     short = [text if 0 < len(text) <= LONGEST else "" for text in texts]
-    return [pair for pair in zip(short, short[1:], strict=False) if all(pair)]
+    return [pair for pair in itertools.pairwise(short) if all(pair)]
 
 
 @functools.cache
-def _pairs() -> Pairs:
+def pairs() -> Pairs:
+    """The turns as tokens."""
     return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=20, evaluated=128)
 
 
 def load() -> Task:
     """Reads the conversations."""
-    pairs = _pairs()
-    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    read = pairs()
+    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
     return Task(
         metric="perplexity of a reply's tokens",
         higher_is_better=False,
         target=80.0,
-        fingerprint=pairs.fingerprint,
+        fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
-        tokens=pairs.context,
+        tokens=read.context,
         unit="tokens",
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=pairs.batch,
+        batch=read.batch,
         loss=loss,
         evaluate=_evaluate,
         sample=_sample,
@@ -72,10 +74,10 @@ def load() -> Task:
 
 def _evaluate(model: GPT, split: str) -> float:
     """The perplexity of the replies of a split's first pairs."""
-    return math.exp(evaluation_loss(model, _pairs().first(split)))
+    return float(jnp.exp(evaluation_loss(model, pairs().first(split))))
 
 
 def _sample(model: GPT, seed: int) -> str:
     """Likeliest replies to turns of unseen conversations, and what people replied."""
-    found, _ = _pairs().complete(model, "test")
-    return _pairs().show(found, SHOWN, seed)
+    found, _ = pairs().complete(model, "test")
+    return pairs().show(found, SHOWN, seed)

@@ -6,6 +6,7 @@ import json
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Sequence
 
 from flax import nnx
 from rouge_score.rouge_scorer import RougeScorer
@@ -15,7 +16,7 @@ from benchmarks.completion import Pair, Pairs, loss
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.tasks import Task
 
-__all__ = ["load", "splits"]
+__all__ = ["load", "pairs", "score", "splits"]
 
 PACKAGES = [
     ("jax", "0.10.2", "724d73c4678d8b06f6a6ab4db1b8a2fea8cd4f1e2c2564f99601634ec7b8d1c6"),
@@ -32,9 +33,11 @@ READ = 200
 def splits() -> dict[str, list[Pair]]:
     """Names with the bodies of their docstrings, and the first lines, divided by source file."""
     source = pathlib.Path(__file__).read_text()
-    triples = [tuple(triple) for triple in json.loads(data.cached("docstrings.json", source, _read_all))]
+    triples = json.loads(data.cached("docstrings.json", source, _read_all))
     divided = data.divide(triples, unit=lambda triple: triple[0])
-    return {name: [(x[1], x[2]) for x in part] for name, part in divided.items()}
+    return {
+        split: [(prompt, summary) for _, prompt, summary in part] for split, part in divided.items()
+    }
 
 
 def _read_all() -> bytes:
@@ -71,41 +74,45 @@ def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:
 
 
 @functools.cache
-def _pairs() -> Pairs:
+def pairs() -> Pairs:
+    """The docstrings as tokens."""
     return Pairs(splits(), vocabulary=VOCABULARY, prompt=32, completion=16, evaluated=64)
 
 
 def load() -> Task:
     """Reads the docstrings."""
-    pairs = _pairs()
-    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    read = pairs()
+    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
     return Task(
         metric="ROUGE-L",
         higher_is_better=True,
         target=20.0,
-        fingerprint=pairs.fingerprint,
+        fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
-        tokens=pairs.context,
+        tokens=read.context,
         unit="tokens",
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=pairs.batch,
+        batch=read.batch,
         loss=loss,
         evaluate=_evaluate,
         sample=_sample,
     )
 
 
-def _evaluate(model: GPT, split: str) -> float:
-    """The mean F-measure of ROUGE-L over a split's first summaries, from 0 to 100."""
+def score(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """The mean F-measure of ROUGE-L, from 0 to 100."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    found, wanted = _pairs().complete(model, split)
     scores = [scorer.score(*x)["rougeL"].fmeasure for x in zip(wanted, found, strict=True)]
     return 100 * sum(scores) / len(scores)
 
 
+def _evaluate(model: GPT, split: str) -> float:
+    return score(*pairs().complete(model, split))
+
+
 def _sample(model: GPT, seed: int) -> str:
     """Summaries of unseen docstrings."""
-    found, _ = _pairs().complete(model, "test")
-    return _pairs().show(found, SHOWN, seed)
+    found, _ = pairs().complete(model, "test")
+    return pairs().show(found, SHOWN, seed)

@@ -4,6 +4,7 @@ import functools
 import gettext
 import io
 import re
+from collections.abc import Sequence
 
 import sacrebleu
 from flax import nnx
@@ -13,7 +14,7 @@ from benchmarks.completion import Pair, Pairs, loss
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.tasks import Task
 
-__all__ = ["load", "splits"]
+__all__ = ["load", "pairs", "score", "splits"]
 
 PACKAGES = [
     (
@@ -61,41 +62,45 @@ def _saying(pair: Pair) -> str:
 
 
 @functools.cache
-def _pairs() -> Pairs:
+def pairs() -> Pairs:
+    """The messages as tokens."""
     return Pairs(splits(), vocabulary=VOCABULARY, prompt=18, completion=22, evaluated=128)
 
 
 def load() -> Task:
     """Reads the catalogs."""
-    pairs = _pairs()
-    config = GPTConfig(VOCABULARY, pairs.context, depth=2, heads=4, width=128)
+    read = pairs()
+    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
     return Task(
         metric="chrF",
         higher_is_better=True,
         target=25.0,
-        fingerprint=pairs.fingerprint,
+        fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
-        tokens=pairs.context,
+        tokens=read.context,
         unit="tokens",
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=pairs.batch,
+        batch=read.batch,
         loss=loss,
         evaluate=_evaluate,
         sample=_sample,
     )
 
 
-def _evaluate(model: GPT, split: str) -> float:
-    """The chrF of a split's first sentences as one corpus, from 0 to 100."""
-    found, wanted = _pairs().complete(model, split)
+def score(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """The chrF of all as one corpus, from 0 to 100."""
     return sacrebleu.corpus_chrf(found, [wanted]).score
+
+
+def _evaluate(model: GPT, split: str) -> float:
+    return score(*pairs().complete(model, split))
 
 
 def _sample(model: GPT, seed: int) -> str:
     """Translations of unseen messages, and the BLEU of all that were translated."""
-    found, wanted = _pairs().complete(model, "test")
+    found, wanted = pairs().complete(model, "test")
     bleu = sacrebleu.corpus_bleu(found, [wanted]).score
-    text = _pairs().show(found, SHOWN, seed)
+    text = pairs().show(found, SHOWN, seed)
     return f"{text}\n\nBLEU of {len(found)} test messages: {bleu:.1f}"
