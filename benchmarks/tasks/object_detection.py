@@ -34,8 +34,6 @@ NAMES = {
     "validation": ("OSBS_029",),
     "test": ("SOAP_061",),
 }
-# Boxes of a lower score say little, and are not drawn.
-SHOWN_SCORE = 0.2
 LEAST_SCORE = 0.01
 
 
@@ -140,10 +138,10 @@ def _describe(model: Detector, pixels: jax.Array) -> tuple[jax.Array, jax.Array]
     return nnx.sigmoid(logits[0]), boxes[0]
 
 
-def _find(model: Detector, pixels: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes in a photograph, with their scores."""
+def _find(model: Detector, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes in a photograph and their scores, best first."""
     heat, boxes = _describe(model, jnp.asarray(pixels))
-    return decode(np.asarray(heat), np.asarray(boxes), least)
+    return decode(np.asarray(heat), np.asarray(boxes), LEAST_SCORE)
 
 
 def _evaluate(model: Detector, split: str) -> float:
@@ -151,7 +149,7 @@ def _evaluate(model: Detector, split: str) -> float:
     photographs = splits()[split]
     if split == "train":
         photographs = [_part(photographs[1], 400)]
-    found = [_find(model, photograph.pixels, LEAST_SCORE) for photograph in photographs]
+    found = [_find(model, photograph.pixels) for photograph in photographs]
     return average_precision([photograph.boxes for photograph in photographs], found)
 
 
@@ -168,44 +166,45 @@ def _sample(model: Detector, seed: int) -> str:
     lines = []
     for split in ("validation", "test"):
         ((pixels, truth),) = splits()[split]
-        boxes, _ = _find(model, pixels, SHOWN_SCORE)
+        boxes = _find(model, pixels)[0][: len(truth)]
+        found = hit(truth, boxes).sum()
         lines.append(
-            f"{split:<10}  {hit(truth, boxes).sum()} of {len(truth)} trees found by "
-            f"{len(boxes)} boxes (score at least {SHOWN_SCORE:g}, IoU at least 0.5)"
+            f"{split:<11}{found} of {len(truth)} trees found by the {len(boxes)} best boxes"
         )
     return "\n".join(lines)
 
 
 def _draw(model: Detector, seed: int) -> Figure:
-    """The photographs that were not trained on, with true boxes and found ones."""
+    """The photographs that were not trained on, their trees, and as many of the best boxes."""
     del seed
     figure, axes = plt.subplots(1, 2, figsize=(13, 7.2), layout="constrained")
     for panel, split in zip(axes, ("validation", "test"), strict=True):
         ((pixels, truth),) = splits()[split]
-        boxes, scores = _find(model, pixels, SHOWN_SCORE)
+        boxes, scores = (part[: len(truth)] for part in _find(model, pixels))
         panel.imshow(pixels)
         for box in truth:
-            panel.add_patch(_rectangle(box, "white", label="drawn by hand"))
+            panel.add_patch(_rectangle(box, "white"))
         for box, score in zip(boxes, scores, strict=True):
-            panel.add_patch(_rectangle(box, "orange", label="found, with its score"))
-            panel.text(box[0] + 2, box[1] + 2, f"{score:.2f}", color="orange", fontsize=7, va="top")
-        ap = _evaluate(model, split)
-        panel.set(title=f"{NAMES[split][0]} ({split}): AP50 {ap:.0f} %, {len(truth)} trees")
+            panel.add_patch(_rectangle(box, "red"))
+            corner = np.maximum(box[:2], 0) + 2
+            panel.text(*corner, f"{100 * score:.0f}", color="red", va="top", clip_on=True)
+        title = f"{split}, {NAMES[split][0]}: AP50 {_evaluate(model, split):.0f} %"
+        panel.set(title=f"{title}, {hit(truth, boxes).sum()} of {len(truth)} trees found")
         panel.set(xlabel="x [pixels of 10 cm]", ylabel="y [pixels of 10 cm]")
-    handles = [_rectangle(np.zeros(4), "white", label="drawn by hand")]
-    handles.append(_rectangle(np.zeros(4), "orange", label="found, with its score"))
+        # A box may reach beyond the photograph.
+        panel.set(xlim=(0, pixels.shape[1]), ylim=(pixels.shape[0], 0))
     figure.legend(
-        handles=handles,
+        [_rectangle(np.zeros(4), color) for color in ("white", "red")],
+        ["tree, drawn by hand", "found: as many of the best as there are trees, score in %"],
         loc="outside lower center",
         ncols=2,
-        facecolor="dimgray",
-        labelcolor="white",
+        facecolor="darkgray",
     )
     return figure
 
 
-def _rectangle(box: np.ndarray, color: str, label: str) -> Rectangle:
+def _rectangle(box: np.ndarray, color: str) -> Rectangle:
     left, top, right, bottom = box
     return Rectangle(
-        (left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.3, label=label
+        (left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.5
     )
