@@ -1,6 +1,7 @@
 """What tasks share in which a GPT reads a prompt and writes its completion, such as a reply."""
 
 import importlib.metadata
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -28,13 +29,15 @@ def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Byte pairs that are frequent in some texts; where it was learnt before, it is read."""
 
     def learn() -> bytes:
-        learner = ByteLevelBPETokenizer()
+        # With a space before it, a first word is the token that it is elsewhere.
+        learner = ByteLevelBPETokenizer(add_prefix_space=True)
         learner.train_from_iterator(
             texts, vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
         )
         return learner.to_str().encode()
 
-    key = "\n".join([str(vocabulary), importlib.metadata.version("tokenizers"), *SPECIAL, *texts])
+    version = importlib.metadata.version("tokenizers")
+    key = "\n".join([pathlib.Path(__file__).read_text(), version, str(vocabulary), *texts])
     return Tokenizer.from_str(data.cached("tokenizer.json", key, learn).decode())
 
 
@@ -129,7 +132,7 @@ class Pairs:
         examples = self.first(split)
         found = np.asarray(complete(model, *examples))
         texts = [
-            self._tokenizer.decode(_until_end(row[start:]))
+            self._tokenizer.decode(_until_end(row[start:])).strip()
             for row, start in zip(found, np.asarray(examples.given), strict=True)
         ]
         return texts, [completion for _, completion in self.splits[split][: self.evaluated]]

@@ -84,13 +84,16 @@ def load() -> Task:
     return Task(
         metric="accuracy [%]",
         higher_is_better=True,
-        target=65.0,
+        # What AdamW reached in a pilot of half the steps; always yes has 64.4.
+        target=65.5,
         fingerprint=data.fingerprint(array for part in examples().values() for array in part),
         steps=1200,
         batch_size=32,
         tokens=QUESTION + PASSAGE,
         unit="tokens",
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.001, "unit_scale": 0.03},
+        # The best of three half-decades each, at half the steps and one seed; all but adamw at an edge,
+        # and most within the standard error of two points.
+        learning_rates={"sgd": 0.3, "clip": 1.0, "adamw": 0.003, "unit_scale": 0.01},
         model=lambda seed: Reader(VOCABULARY, WIDTH, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,

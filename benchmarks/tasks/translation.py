@@ -74,12 +74,14 @@ def load() -> Task:
     return Task(
         metric="chrF",
         higher_is_better=True,
-        target=25.0,
+        # What AdamW reached in a pilot of half the steps.
+        target=15.0,
         fingerprint=read.fingerprint,
         steps=600,
         batch_size=16,
         tokens=read.context,
         unit="tokens",
+        # The best of three or four half-decades each, none at an edge, at half the steps and one seed.
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
         batch=read.batch,
