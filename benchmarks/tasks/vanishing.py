@@ -27,7 +27,7 @@ def splits() -> dict[str, Images]:
 
 def load() -> Task:
     """Reads the images, for eight hidden layers."""
-    return load_depth(8, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03})
+    return load_depth(8, {"sgd": 0.1, "clip": 0.1, "adamw": 0.01, "unit_scale": 0.1})
 
 
 def load_depth(depth: int, learning_rates: Mapping[str, float]) -> Task:

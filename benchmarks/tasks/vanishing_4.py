@@ -8,4 +8,4 @@ __all__ = ["load"]
 
 def load() -> Task:
     """Reads the images."""
-    return load_depth(4, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03})
+    return load_depth(4, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.3})
