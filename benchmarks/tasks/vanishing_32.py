@@ -1,0 +1,11 @@
+"""The task `vanishing` at 32 hidden layers."""
+
+from benchmarks.tasks import Task
+from benchmarks.tasks.vanishing import load_depth
+
+__all__ = ["load"]
+
+
+def load() -> Task:
+    """Reads the images."""
+    return load_depth(32, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.01})
