@@ -212,6 +212,7 @@ def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_p
     interrupted = start(out, "--resume")
     said = stop_after(interrupted, out / "checkpoints", signal.SIGINT)
     assert interrupted.returncode == 130, said
+    assert "There is no run yet to resume; starting one." in said
     assert "Stopped. Go on with the same options and --resume" in said
     check_quiet(said)
     assert [e["step"] for e in steps_of(out, "unit_scale")] == [1]

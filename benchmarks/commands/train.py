@@ -118,6 +118,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         log.writes = processes.is_first()
         console = Console(quiet=not log.writes)
         console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
+        if options.resume and not log.entries:
+            console.print("There is no run yet to resume; starting one.")
         train = functools.partial(
             training.train, task=task, log=log, every=options.checkpoint_every, layout=layout
         )
