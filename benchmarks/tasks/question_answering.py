@@ -91,8 +91,8 @@ def load() -> Task:
         batch_size=32,
         tokens=QUESTION + PASSAGE,
         unit="tokens",
-        # The best of three half-decades each, at half the steps and one seed; all but adamw at an edge,
-        # and most within the standard error of two points.
+        # The best of three half-decades each, at half the steps and one seed; all but adamw at an
+        # edge, and most within the standard error of two points.
         learning_rates={"sgd": 0.3, "clip": 1.0, "adamw": 0.003, "unit_scale": 0.01},
         model=lambda seed: Reader(VOCABULARY, WIDTH, nnx.Rngs(seed)),
         batch=_batch,

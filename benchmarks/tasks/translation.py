@@ -81,7 +81,7 @@ def load() -> Task:
         batch_size=16,
         tokens=read.context,
         unit="tokens",
-        # The best of three or four half-decades each, none at an edge, at half the steps and one seed.
+        # The best of three or four half-decades each, none at an edge: half the steps, one seed.
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
         batch=read.batch,
