@@ -120,6 +120,7 @@ def average_precision(
     if not results:
         return 0.0
     truth = {
+        "info": {},
         "images": [{"id": i} for i in range(len(truths))],
         "categories": [{"id": 1}],
         # COCOeval takes an id of 0 for "not matched".

@@ -75,9 +75,9 @@ def table(log: Log, names: list[str], task: Task) -> Table:
         result.add_row(
             name,
             f"{log.of('run', name)[0]['learning_rate']:g}",
-            f"{values[-1]:.3f}" if values else "-",
-            f"{best(values):.3f}" if np.isfinite(values).any() else "-",
-            f"{_float(results[0]['test']):.3f}" if results else "-",
+            f"{values[-1]:#.4g}" if values else "-",
+            f"{best(values):#.4g}" if np.isfinite(values).any() else "-",
+            f"{_float(results[0]['test']):#.4g}" if results else "-",
             str(reached[0]) if reached else "never",
             f"{1000 * np.median(seconds):.1f}" if seconds else "-",
             f"{largest:.1f}",

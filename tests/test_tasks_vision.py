@@ -152,16 +152,16 @@ def test_gradients_vanish_with_depth():
     task = vanishing.load()
     batch = task.batch(0, 0, 64, slice(None))
     norms = []
-    for depth in (4, 8, 16):
+    for depth in (4, 16):
         model = SigmoidMLP(64, vanishing.WIDTH, depth, 10, nnx.Rngs(0))
-        gradients = nnx.grad(task.loss)(model, batch)
+        gradients = nnx.jit(nnx.grad(task.loss))(model, batch)
         norms.append(float(gradient_norms(gradients)["hidden/layers/0/kernel"]))
-    assert norms[0] > 1e2 * norms[1] > 1e5 * norms[2] > 0
+    assert norms[0] > 1e5 * norms[1] > 0
 
 
 def test_gradients_explode():
     task = exploding.load()
-    gradients = nnx.grad(task.loss)(task.model(0), task.batch(0, 0, 64, slice(None)))
+    gradients = nnx.jit(nnx.grad(task.loss))(task.model(0), task.batch(0, 0, 64, slice(None)))
     norms = {name: float(norm) for name, norm in gradient_norms(gradients).items()}
     assert norms["head/kernel"] < 10
     assert 1e6 < norms["recurrent/cell/dense_i/bias"] < np.inf

@@ -25,5 +25,5 @@ def load() -> Task:
         target=50.0,
         steps=1000,
         batch_size=64,
-        learning_rates={"sgd": 0.001, "clip": 0.01, "adamw": 0.001, "unit_scale": 0.02},
+        learning_rates={"sgd": 0.001, "clip": 0.01, "adamw": 0.003, "unit_scale": 0.02},
     )

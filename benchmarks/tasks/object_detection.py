@@ -85,7 +85,7 @@ def load() -> Task:
         batch_size=8,
         tokens=1,
         unit="tiles",
-        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.003, "unit_scale": 0.03},
+        learning_rates={"sgd": 0.03, "clip": 0.1, "adamw": 0.01, "unit_scale": 0.03},
         model=lambda seed: Detector(WIDTH, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,
