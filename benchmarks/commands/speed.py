@@ -1,4 +1,4 @@
-"""Times unit_scale and its alternatives on the gradients of GPTs, against the naive division."""
+"""Times unit_scale and its alternatives beside what the machine's memory allows."""
 
 import argparse
 import importlib.metadata
@@ -7,78 +7,57 @@ import os
 import pathlib
 import platform
 import re
-import time
-from collections.abc import Callable
-from typing import Any
+import threading
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
-import matplotlib.pyplot as plt
-import numpy as np
-import optax
-from flax import nnx
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from benchmarks import runs
+from benchmarks import interrupt, runs
 from benchmarks.arguments import Parser, whole_number
-from benchmarks.models.gpt import GPT, GPTConfig
-from optax_unitscale import unit_scale
+from benchmarks.timing.figures import plot_growth, plot_sizes
+from benchmarks.timing.growth import LEAVES
+from benchmarks.timing.jobs import DTYPES, PARTS, Job, plan
+from benchmarks.timing.measurement import Row
+from benchmarks.timing.tables import tables
+from benchmarks.timing.trees import MODELS
 
-__all__ = ["MODELS", "SCOPES", "add_arguments", "run", "time_all"]
-
-WARM_UP = 3
-MODELS = {
-    "1M": GPTConfig(vocabulary=256, context=256, depth=4, heads=4, width=144),
-    "35M": GPTConfig(vocabulary=8192, context=512, depth=8, heads=8, width=512),
-    "124M": GPTConfig(vocabulary=24576, context=1024, depth=12, heads=12, width=768),
-    "350M": GPTConfig(vocabulary=24576, context=1024, depth=24, heads=16, width=1024),
-}
-
-
-def _transformation(made: optax.GradientTransformation) -> Callable[[Any], Any]:
-    return lambda updates: made.update(updates, made.init(updates))[0]
-
-
-def _naive_leaf(updates: Any) -> Any:
-    return jax.tree.map(lambda x: x * jax.lax.rsqrt(jnp.sum(x * x)), updates)
-
-
-def _naive_global(updates: Any) -> Any:
-    scale = jax.lax.rsqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(updates)))
-    return jax.tree.map(lambda x: x * scale, updates)
-
-
-# The first of each is what the others are compared with.
-SCOPES: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "leaf": {
-        "x * rsqrt(sum(x * x))": _naive_leaf,
-        "unit_scale()": _transformation(unit_scale()),
-        "optax.clip_by_block_rms(1)": _transformation(optax.clip_by_block_rms(1.0)),
-    },
-    "global": {
-        "x * rsqrt(sum of all x * x)": _naive_global,
-        'unit_scale(scope="global")': _transformation(unit_scale(scope="global")),
-        "optax.normalize_by_update_norm()": _transformation(optax.normalize_by_update_norm()),
-        "optax.clip_by_global_norm(1)": _transformation(optax.clip_by_global_norm(1.0)),
-    },
-    "ceiling": {
-        "read": lambda updates: (updates, jax.tree.map(jnp.sum, updates)),
-        "read and write": lambda updates: jax.tree.map(lambda x: x * 1.0001, updates),
-    },
-}
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument(
+        "--part",
+        choices=PARTS,
+        action="append",
+        help="what to measure; repeatable (default: everything)",
+    )
+    parser.add_argument(
         "--model",
         choices=MODELS,
         action="append",
-        help="how many parameters; repeatable (default: 35M and 124M)",
+        help="how many parameters; repeatable (default: 1M, 35M and 124M)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="of the gradients and parameters; repeatable (default: both)",
+    )
+    parser.add_argument(
+        "--train",
+        choices=MODELS,
+        default="35M",
+        help="whose training step to time, in the first dtype (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--most-leaves",
+        type=whole_number(LEAVES[0], LEAVES[-1]),
+        default=1000,
+        metavar="N",
+        help="where growth with leaves ends; thousands take minutes (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
@@ -91,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for speed.json and speed.png (default: a new one under runs/)",
+        help="folder for speed.json, speed.png and growth.png (default: a new one under runs/)",
     )
 
 
@@ -99,144 +78,96 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
     console = Console()
     out = runs.make(parser, options.out, "speed")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    results = {}
-    with Progress(*columns, console=console) as progress:
-        for model in dict.fromkeys(options.model or ["35M", "124M"]):
-            task = progress.add_task(model, total=options.rounds)
-            results[model] = time_all(model, options.rounds, lambda t=task: progress.advance(t))
-    (out / "speed.json").write_text(_as_json(results, options.rounds))
-    mpl.use("Agg")
-    _plot(results, out / "speed.png")
-    for model, rows in results.items():
-        console.print(_table(model, rows))
-    for name in ("speed.png", "speed.json"):
+    jobs = plan(
+        list(dict.fromkeys(options.part or PARTS)),
+        list(dict.fromkeys(options.model or ["1M", "35M", "124M"])),
+        list(dict.fromkeys(options.dtype or DTYPES)),
+        options.rounds,
+        options.most_leaves,
+        options.train,
+    )
+    results: dict[str, list[Row]] = {}
+    with interrupt.deferred() as stop:
+        finished = _measure(jobs, results, options, out / "speed.json", console, stop)
+    for table in tables(results):
+        console.print(table)
+    for name in [*_plot(results, out), "speed.json"]:
         console.print(f"wrote {out / name}", soft_wrap=True)
-    return 0
+    return 0 if finished else interrupt.INTERRUPTED
 
 
-def time_all(model: str, rounds: int, advance: Callable[[], Any]) -> dict[str, dict[str, Any]]:
-    """Times every contender in turn, on one donated gradient that goes from hand to hand.
+def _measure(
+    jobs: list[Job],
+    results: dict[str, list[Row]],
+    options: argparse.Namespace,
+    path: pathlib.Path,
+    console: Console,
+    stop: threading.Event,
+) -> bool:
+    """Fills `results` and, after each job, the file; whether to the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        task = progress.add_task("", total=sum(job.seconds for job in jobs))
+        for job in jobs:
+            progress.update(task, description=job.title)
 
-    Args:
-      model: a key of `MODELS`.
-      rounds: how often each is timed, after some rounds that do not count.
-      advance: called after each round that counts.
+            def advance(seconds: float = job.seconds / job.steps) -> None:
+                progress.advance(task, seconds)
+                if stop.is_set():
+                    raise KeyboardInterrupt
 
-    Returns:
-      For each contender its scope, seconds (median and quartiles), the ratio of each of its times
-      to that of its scope's first in the same round (median and quartiles), compile seconds, and
-      temporaries in bytes.
-    """
-    shapes = nnx.eval_shape(lambda: nnx.state(GPT(MODELS[model], nnx.Rngs(0)), nnx.Param))
-    leaves = jax.tree.leaves(shapes)
-    rng = np.random.default_rng(0)
-    updates = [jnp.asarray(rng.normal(size=x.shape).astype(np.float32)) for x in leaves]
-    contenders = {name: (scope, f) for scope, fs in SCOPES.items() for name, f in fs.items()}
-    programs, rows = {}, {}
-    for name, (scope, function) in contenders.items():
-        start = time.perf_counter()
-        programs[name] = jax.jit(function, donate_argnums=0).lower(updates).compile()
-        rows[name] = {
-            "scope": scope,
-            "compile_seconds": round(time.perf_counter() - start, 3),
-            "temporary_bytes": programs[name].memory_analysis().temp_size_in_bytes,
-            "parameters": sum(x.size for x in leaves),
-        }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(WARM_UP + rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            result = jax.block_until_ready(program(updates))
-            times[name].append(time.perf_counter() - start)
-            updates = result[0] if name == "read" else result
-        if i >= WARM_UP:
-            advance()
-    for name, row in rows.items():
-        own = np.array(times[name][WARM_UP:])
-        first = np.array(times[next(iter(SCOPES[row["scope"]]))][WARM_UP:])
-        row["seconds"] = _quartiles(own)
-        row["ratio"] = _quartiles(own / first)
-    return rows
+            try:
+                rows = job.measure(advance)
+            except KeyboardInterrupt:
+                return False
+            results.setdefault(job.part, []).extend(rows)
+            whole = path.with_suffix(".new")
+            whole.write_text(_as_json(results, options))
+            whole.replace(path)
+    return True
 
 
-def _quartiles(values: np.ndarray) -> dict[str, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {
-        "median": float(f"{median:.4g}"),
-        "low": float(f"{low:.4g}"),
-        "high": float(f"{high:.4g}"),
-    }
+def _plot(results: dict[str, list[Row]], out: pathlib.Path) -> list[str]:
+    """Draws what was measured; the names of the files."""
+    mpl.use("Agg")
+    names = []
+    sizes = [row for part in ("transformation", "step") for row in results.get(part, [])]
+    if sizes:
+        plot_sizes(sizes, out / "speed.png")
+        names.append("speed.png")
+    growth = [results.get(part, []) for part in ("leaves", "groups")]
+    if any(growth):
+        plot_growth(*growth, out / "growth.png")
+        names.append("growth.png")
+    return names
 
 
-def _as_json(results: dict[str, dict[str, dict[str, Any]]], rounds: int) -> str:
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+def _as_json(results: dict[str, list[Row]], options: argparse.Namespace) -> str:
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy", "torch")
     content = {
-        "question": "What does unit_scale cost beside the naive division?",
+        "question": "What does unit_scale cost beside the naive division, Optax, PyTorch, and what "
+        "memory allows?",
         "command": "python -m benchmarks speed",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
-        "rounds": rounds,
+        "rounds": options.rounds,
         "spread": "quartiles; ratio: to the scope's first contender in the same round",
+        "bytes": "that must be moved, by `passes`: a read of the gradient for its norms and a copy "
+        "(a read and a write) to scale it; in a step a triad (gradient and parameters in, "
+        "parameters out) in place of the copy. share: seconds of the passes, each measured alone "
+        "in the same round, over the contender's; above 1 where a leaf stays in a cache between "
+        "its two reads.",
         "results": results,
     }
     text = json.dumps(content, indent=2, allow_nan=False)
-    return (
-        re.sub(r"\{\s+(\"median\"[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text)
-        + "\n"
-    )
+    # What fits on a line stands on one.
+    return re.sub(r"[\[{][^\[\]{}]{,150}?[\]}]", lambda x: " ".join(x[0].split()), text) + "\n"
 
 
-def _table(model: str, rows: dict[str, dict[str, Any]]) -> Table:
-    parameters = next(iter(rows.values()))["parameters"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{parameters / 1e6:.0f} M float32 parameters",
-        caption="Median (quartiles). Ratio: to the first of the scope, round by round.",
-    )
-    for heading in ("scope", "", "ms", "ratio", "temporaries\nMB", "compile\ns"):
-        table.add_column(heading, justify="left" if heading in ("", "scope") else "right")
-    last = ""
-    for name, row in rows.items():
-        ratio = row["ratio"]
-        if last and row["scope"] != last:
-            table.add_section()
-        table.add_row(
-            "" if row["scope"] == last else row["scope"],
-            name,
-            f"{row['seconds']['median'] * 1e3:.2f}",
-            f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
-            f"{row['temporary_bytes'] / 1e6:.2f}",
-            f"{row['compile_seconds']:.2f}",
-        )
-        last = row["scope"]
-    return table
-
-
-def _plot(results: dict[str, dict[str, dict[str, Any]]], path: pathlib.Path) -> None:
-    """Ratio to the naive division, with quartiles, a panel for each scope."""
-    figure, panels = plt.subplots(2, 1, figsize=(8, 5), layout="constrained", sharex=True)
-    for axes, scope in zip(panels, ("leaf", "global"), strict=True):
-        names = list(SCOPES[scope])
-        for k, (model, rows) in enumerate(results.items()):
-            ratios = [rows[name]["ratio"] for name in names]
-            middle = np.array([ratio["median"] for ratio in ratios])
-            low = middle - [ratio["low"] for ratio in ratios]
-            high = np.array([ratio["high"] for ratio in ratios]) - middle
-            shift = (k - (len(results) - 1) / 2) * 0.2
-            axes.errorbar(
-                middle, np.arange(len(names)) + shift, xerr=[low, high], fmt="o", label=model
-            )
-        axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_title(f"scope: {scope}", loc="left")
-    panels[1].set_xlabel("time / time of the naive division (median and quartiles)")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), title="parameters", loc="outside right upper"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.commands.speed import SCOPES
 from benchmarks.lowering.programs import collectives, reads, wire_bytes
 from benchmarks.lowering.topologies import TOPOLOGIES, make_mesh
 from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.timing.methods import SCOPES
 from optax_unitscale import unit_scale
 
 __all__ = ["CONFIG", "METHODS", "compile_update", "gradients", "measure", "shard"]
@@ -26,8 +26,7 @@ CONFIG = GPTConfig(vocabulary=32768, context=4096, depth=4, heads=64, width=8192
 
 
 def _naive(scope: str) -> optax.GradientTransformation:
-    function = next(iter(SCOPES[scope].values()))
-    return optax.stateless(lambda updates, params: function(updates))
+    return optax.stateless(next(iter(SCOPES[scope].values())).function)
 
 
 METHODS: dict[str, optax.GradientTransformation] = {

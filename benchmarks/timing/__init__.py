@@ -1,0 +1,1 @@
+"""What `python -m benchmarks speed` times, how, and what people see of it."""

@@ -1,0 +1,127 @@
+"""A run in two figures: time against parameters, and what grows with leaves and groups."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.timing.measurement import Row
+
+__all__ = ["plot_growth", "plot_sizes"]
+
+OURS: dict[str, Any] = {"linewidth": 3, "zorder": 3}
+MARKERS = "osv^DP*X"
+
+
+def plot_sizes(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Time against parameters, log-log: a column a scope, a row a dtype, and the ceiling.
+
+    Args:
+      rows: of the parts transformation and step.
+      path: the file to write.
+    """
+    scopes = list(dict.fromkeys(r["scope"] for r in rows if r["scope"] != "ceiling"))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    figure, panels = plt.subplots(
+        len(scopes),
+        len(dtypes),
+        figsize=(2 + 4.5 * len(dtypes), 1 + 3.4 * len(scopes)),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for line, scope in zip(panels, scopes, strict=True):
+        for axes, dtype in zip(line, dtypes, strict=True):
+            own = [r for r in rows if (r["scope"], r["dtype"]) == (scope, dtype)]
+            if own:
+                _lines(axes, own, "parameters", _seconds)
+                _ceiling(axes, own)
+            axes.set(title=f"{scope}, {dtype}", ylabel="seconds")
+            axes.set(xscale="log", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+        line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    for axes in panels[-1]:
+        axes.set_xlabel("parameters")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_growth(leaves: Sequence[Row], groups: Sequence[Row], path: pathlib.Path) -> None:
+    """Run and compile time against leaves, and run time against groups, log-log.
+
+    Args:
+      leaves: of the part of that name.
+      groups: of the part of that name.
+      path: the file to write.
+    """
+    panels: list[tuple[str, str, Sequence[Row], Callable[[Row], float]]] = []
+    if leaves:
+        panels += [
+            ("run time", "leaves", leaves, _seconds),
+            ("trace and compile", "leaves", leaves, _compile),
+        ]
+    if groups:
+        panels.append(("run time", "groups", groups, _seconds))
+    figure, drawn = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1 + 4.5 * len(panels), 5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (what, key, rows, value) in zip(drawn.flat, panels, strict=True):
+        measured = [row for row in rows if "seconds" in row]
+        _lines(axes, measured, key, value)
+        size = rows[0]["parameters"] / 1e6
+        axes.set(title=f"{what}, {size:.1f} M parameters", xlabel=key, ylabel="seconds")
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _lines(axes: Axes, rows: Sequence[Row], key: str, value: Callable[[Row], float]) -> None:
+    """A line a contender, with the quartiles of its seconds as a band."""
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[key])
+        is_ours = name.startswith("unit_scale")
+        style = {"marker": MARKERS[i % 8], "markersize": 4} | (OURS if is_ours else {})
+        at = [row[key] for row in own]
+        (line,) = axes.plot(
+            at,
+            [value(row) for row in own],
+            marker=MARKERS[i % 8],
+            markersize=4,
+            label=name,
+            **style,
+        )
+        if value is _seconds:
+            low, high = ([row["seconds"][end] for row in own] for end in ("low", "high"))
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _ours(rows: Sequence[Row]) -> set[str]:
+    return {row["name"] for row in rows if row["name"].startswith("unit_scale")}
+
+
+def _ceiling(axes: Axes, rows: Sequence[Row]) -> None:
+    """What memory takes for the bytes of unit_scale."""
+    own = sorted(
+        (row for row in rows if row["name"] in _ours(rows)), key=lambda row: row["parameters"]
+    )
+    at = np.array([row["parameters"] for row in own])
+    least = np.array([row["share"]["median"] * row["seconds"]["median"] for row in own])
+    label = f"ceiling: {' + '.join(own[0]['passes'])}"
+    axes.plot(at, least, color="black", linestyle="--", marker="_", label=label, zorder=4)
+
+
+def _seconds(row: Row) -> float:
+    return row["seconds"]["median"]
+
+
+def _compile(row: Row) -> float:
+    return row["trace_seconds"] + row["compile_seconds"]
