@@ -1,42 +1,237 @@
 """`python -m benchmarks speed`: what it measures, writes and refuses. Never how fast it was."""
 
 import json
+import os
+import pathlib
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.commands.speed import SCOPES
+from benchmarks.models.gpt import GPTConfig
+from benchmarks.timing import growth, pytorch, trees
+from benchmarks.timing.jobs import PARTS
+from benchmarks.timing.measurement import Contender, compile_function, summarize
+from benchmarks.timing.methods import SCOPES, STEPS
+from benchmarks.timing.tables import tables
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = GPTConfig(vocabulary=32, context=8, depth=1, heads=2, width=16)
+# Embeddings and head; of the block two norms, attention, and two layers with biases; the last norm.
+PARAMETERS = 32 * 16 * 2 + 32 + 8 * 16 + (4 * 16 + 4 * 16**2 + 8 * 16**2 + 5 * 16) + 2 * 16
 
 
-def test_a_run_times_every_contender_and_writes_what_it_found(tmp_path, capsys):
-    out = tmp_path / "new"
-    assert main(["speed", "--model", "1M", "--rounds", "5", "--out", str(out)]) == 0
-    written = json.loads((out / "speed.json").read_text())
-    rows = written["results"]["1M"]
-    names = [name for contenders in SCOPES.values() for name in contenders]
-    assert list(rows) == names
-    firsts = {next(iter(contenders)) for contenders in SCOPES.values()}
-    for name, row in rows.items():
-        assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
-        assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
-        assert (row["ratio"]["low"] == row["ratio"]["high"] == 1) or name not in firsts
-        assert 0.9e6 < row["parameters"] < 1.2e6
-        # Old versions of XLA hold a leaf's squares; nobody holds more.
-        naive = rows[next(iter(SCOPES[row["scope"]]))]
-        assert row["temporary_bytes"] < naive["temporary_bytes"] + 1e6
-    said = capsys.readouterr().out
-    assert "unit_scale()" in said
-    assert re.sub(r"\s", "", str(out / "speed.png")) in re.sub(r"\s", "", said)
-    assert min(matplotlib.image.imread(out / "speed.png").shape[:2]) > 300
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[list[str]]:
+    """Options for small runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trees.MODELS, "tiny", TINY)
+        patch.setattr(growth, "GROUPS", (1, 64))
+        yield ["--model", "tiny", "--train", "tiny", "--most-leaves", "10", "--rounds", "5"]
+
+
+@pytest.fixture(scope="module")
+def out(tiny, tmp_path_factory) -> pathlib.Path:
+    """The folder of a run of every part in float32."""
+    out = tmp_path_factory.mktemp("speed") / "new"
+    assert main(["speed", *tiny, "--dtype", "float32", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(out) -> dict[str, list[dict]]:
+    """Its rows, part by part."""
+    return json.loads((out / "speed.json").read_text())["results"]
+
+
+def found(rows: list[dict], scope: str) -> list[str]:
+    """The names in a scope, without those that need PyTorch."""
+    names = [row["name"] for row in rows if row["scope"] == scope]
+    return [name for name in names if not name.startswith("torch")]
+
+
+def test_a_run_writes_every_part_and_two_figures_that_show_something(out, results):
+    assert sorted(path.name for path in out.iterdir()) == ["growth.png", "speed.json", "speed.png"]
+    assert list(results) == list(PARTS)
+    for name in ("growth.png", "speed.png"):
+        image = matplotlib.image.imread(out / name)[..., :3]
+        assert min(image.shape[:2]) > 300
+        # Coloured lines, not just black axes on white.
+        assert np.mean(np.ptp(image, axis=-1) > 0.2) > 5e-4
+
+
+def test_every_method_is_timed_beside_the_ceilings(results):
+    for scope, methods in SCOPES.items():
+        assert found(results["transformation"], scope) == list(methods)
+    assert found(results["step"], "step") == list(STEPS)
+    for part in ("transformation", "step"):
+        ceilings = [row["passes"] for row in results[part] if row["scope"] == "ceiling"]
+        assert ceilings == [["read"], ["copy"], ["triad"]] * 2
+
+
+def test_pytorch_is_timed_where_it_is_installed(results):
+    rows = [row for part in ("transformation", "step") for row in results[part]]
+    scopes = {row["scope"] for row in rows if row["name"].startswith("torch")}
+    assert scopes == ({"leaf", "global", "step"} if pytorch.INSTALLED else set())
+
+
+def test_growth_has_a_row_for_each_number_of_leaves_and_groups(results):
+    assert {row["leaves"] for row in results["leaves"]} == {10}
+    assert [row["groups"] for row in results["groups"]] == [1] * 4 + [64] * 4
+    for part in ("leaves", "groups"):
+        assert all(row["compile_seconds"] > 0 for row in results[part])
+
+
+def test_times_are_positive_and_the_first_of_each_scope_is_the_measure(results):
+    for part, rows in results.items():
+        firsts = {}
+        for row in rows:
+            assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
+            if row["scope"] != "ceiling":
+                key = [row.get(x) for x in ("dtype", "scope", "leaves", "groups")]
+                firsts.setdefault(str(key), row)
+                assert 0 < row["ratio"]["low"] <= row["ratio"]["high"]
+        assert firsts, part
+        for row in firsts.values():
+            assert row["ratio"] == {"median": 1, "low": 1, "high": 1}
+
+
+def test_bytes_are_those_of_the_passes_over_the_gradient(results):
+    passes = {
+        ("leaf", "unit_scale()"): 3,
+        ("leaf", "optax.adaptive_grad_clip(0.01)"): 4,
+        ("global", 'unit_scale(scope="global")'): 3,
+        ("axis", "unit_scale(axis=...)"): 3,
+        ("step", "sgd"): 3,
+        ("step", "unit_scale(), sgd"): 4,
+        ("ceiling", "read, same leaves"): 1,
+        ("ceiling", "copy, one array"): 2,
+    }
+    rows = [row for part in ("transformation", "step") for row in results[part]]
+    bytes_of = {(row["scope"], row["name"]): row["bytes"] for row in rows}
+    assert {row["parameters"] for row in rows} == {PARAMETERS}
+    assert {key: bytes_of[key] for key in passes} == {
+        key: 4 * PARAMETERS * count for key, count in passes.items()
+    }
+
+
+def test_bfloat16_has_half_the_bytes(tiny, tmp_path):
+    options = ["--part", "step", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    assert main(["speed", *tiny, *options]) == 0
+    written = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert list(written) == ["step"]
+    assert found(written["step"], "step") == list(STEPS)
+    bytes_of = {row["name"]: row["bytes"] for row in written["step"]}
+    assert bytes_of["unit_scale(), sgd"] == 4 * 2 * PARAMETERS
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_compared_computes_the_same(scope, tiny):
+    shapes = trees.gpt("tiny", "bfloat16")
+    updates = trees.fill(trees.stack_blocks(shapes) if scope == "axis" else shapes)
+    naive, ours = (method.function for method in list(SCOPES[scope].values())[:2])
+    wanted, got = (jax.jit(function)(updates, None) for function in (naive, ours))
+    for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        assert x.dtype == y.dtype == jnp.bfloat16
+        # Each rounds once, to 8 bits.
+        np.testing.assert_allclose(x.astype(float), y.astype(float), rtol=2.0**-7)
+
+
+def test_a_result_that_takes_a_donated_argument_is_no_memory_and_another_is():
+    x = jnp.ones(1000)
+    _, donated = compile_function(lambda x: x * 2, x, donate=0)
+    _, kept = compile_function(lambda x: x * 2, x)
+    assert donated["temporary_bytes"] < 100
+    assert 4000 <= kept["temporary_bytes"] < 4100
+
+
+def test_ratio_and_share_are_taken_round_by_round():
+    contenders = [
+        Contender("slow read", "ceiling", print, ("read",)),
+        Contender("read", "ceiling", print, ("read",)),
+        Contender("copy", "ceiling", print, ("copy",)),
+        Contender("first", "leaf", print, ("read", "copy")),
+        Contender("other scope", "global", print, ("read", "copy")),
+        Contender("second", "leaf", print, ("read",), {"leaves": 7}),
+    ]
+    times = [[9, 9, 9], [1, 2, 3], [2, 4, 6], [4, 8, 12], [3, 3, 3], [8, 4, 6]]
+    rows = {row["name"]: row for row in summarize(contenders, np.array(times, float), 100)}
+    assert list(rows)[3:] == ["first", "second", "other scope"]
+    assert rows["second"]["ratio"] == {"median": 0.5, "low": 0.5, "high": 1.25}
+    assert rows["first"]["share"] == {"median": 0.75, "low": 0.75, "high": 0.75}
+    assert rows["second"]["share"] == {"median": 0.5, "low": 0.3125, "high": 0.5}
+    assert (rows["first"]["bytes"], rows["second"]["bytes"]) == (300, 100)
+    assert rows["other scope"]["ratio"]["median"] == 1
+    assert rows["second"]["leaves"] == 7
+
+
+def test_a_contender_that_compiles_for_too_long_is_not_asked_again_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(growth, "COMPILE_LIMIT", 0.0)
+    stopped = {}
+    first = growth.leaves(2, stopped, 1, lambda: None)
+    then = growth.leaves(3, stopped, 1, lambda: None)
+    assert all("seconds" in row for row in first)
+    assert [row["name"] for row in then] == [row["name"] for row in first]
+    for row in then:
+        assert re.fullmatch(r"its compilation for 2 leaves took \d+ s", row["stopped"])
+        assert "seconds" not in row
+    (table,) = tables({"leaves": first + then})
+    assert str(table.caption).count("its compilation for 2 leaves took") == len(then)
+
+
+def test_leaves_have_equal_numbers_of_parameters_together():
+    for count in growth.LEAVES:
+        shapes = trees.leaves(count)
+        assert len(shapes) == count
+        assert abs(trees.parameters(shapes) / 4e6 - 1) < 0.01
+
+
+def test_stacked_blocks_and_labels_are_those_of_the_gpt():
+    shapes = trees.gpt("1M", "bfloat16")
+    assert trees.parameters(trees.stack_blocks(shapes)) == trees.parameters(shapes)
+    labels = set(jax.tree.leaves(trees.block_labels(shapes)))
+    blocks = {f"blocks/layers/{i}" for i in range(trees.MODELS["1M"].depth)}
+    assert labels == blocks | {"head", "norm", "positions", "tokens"}
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "speed", "--part", "groups", "--rounds", "100"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    written = tmp_path / "speed.json"
+    while not written.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    rows = json.loads(written.read_text())["results"]["groups"]
+    assert 0 < len(rows) < 4 * len(growth.GROUPS)
+    assert (tmp_path / "growth.png").exists()
+    assert "unit_scale(axis=1)" in said
 
 
 @pytest.mark.parametrize(
     ("options", "answer"),
     [
         (["--model", "7B"], "argument --model: invalid choice: '7B'"),
+        (["--part", "all"], "argument --part: invalid choice: 'all'"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--rounds", "1"], "argument --rounds: expected a whole number of 5 or more, got '1'"),
+        (["--most-leaves", "1"], "argument --most-leaves: expected a whole number from 10 to 5000"),
         (["--out", __file__], "argument --out: cannot use "),
     ],
 )

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import re
 import threading
+from typing import Any
 
 import jax
 import matplotlib as mpl
@@ -86,9 +87,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         options.most_leaves,
         options.train,
     )
-    results: dict[str, list[Row]] = {}
+    about, results = _about(options), {}
     with interrupt.deferred() as stop:
-        finished = _measure(jobs, results, options, out / "speed.json", console, stop)
+        finished = _measure(jobs, about, results, out / "speed.json", console, stop)
+    load, cores = about["load"], about["cores"]
+    if load > 0.5:
+        console.print(
+            f"Before the run {load} processes kept the {cores} cores busy: do not trust it."
+        )
     for table in tables(results):
         console.print(table)
     for name in [*_plot(results, out), "speed.json"]:
@@ -98,8 +104,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
 def _measure(
     jobs: list[Job],
+    about: dict[str, Any],
     results: dict[str, list[Row]],
-    options: argparse.Namespace,
     path: pathlib.Path,
     console: Console,
     stop: threading.Event,
@@ -122,7 +128,7 @@ def _measure(
                 return False
             results.setdefault(job.part, []).extend(rows)
             whole = path.with_suffix(".new")
-            whole.write_text(_as_json(results, options))
+            whole.write_text(_as_json({**about, "results": results}))
             whole.replace(path)
     return True
 
@@ -135,16 +141,17 @@ def _plot(results: dict[str, list[Row]], out: pathlib.Path) -> list[str]:
     if sizes:
         plot_sizes(sizes, out / "speed.png")
         names.append("speed.png")
-    growth = [results.get(part, []) for part in ("leaves", "groups")]
-    if any(growth):
-        plot_growth(*growth, out / "growth.png")
+    leaves, groups = (results.get(part, []) for part in ("leaves", "groups"))
+    if leaves or groups:
+        plot_growth(leaves, groups, out / "growth.png")
         names.append("growth.png")
     return names
 
 
-def _as_json(results: dict[str, list[Row]], options: argparse.Namespace) -> str:
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are, and of what."""
     packages = ("jax", "jaxlib", "optax", "flax", "numpy", "torch")
-    content = {
+    return {
         "question": "What does unit_scale cost beside the naive division, Optax, PyTorch, and what "
         "memory allows?",
         "command": "python -m benchmarks speed",
@@ -152,6 +159,8 @@ def _as_json(results: dict[str, list[Row]], options: argparse.Namespace) -> str:
         "versions": {name: _version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
+        # Of the minute before: PyTorch's threads, above all, wait for cores that others use.
+        "load": round(os.getloadavg()[0], 2),
         "rounds": options.rounds,
         "spread": "quartiles; ratio: to the scope's first contender in the same round",
         "bytes": "that must be moved, by `passes`: a read of the gradient for its norms and a copy "
@@ -159,8 +168,10 @@ def _as_json(results: dict[str, list[Row]], options: argparse.Namespace) -> str:
         "parameters out) in place of the copy. share: seconds of the passes, each measured alone "
         "in the same round, over the contender's; above 1 where a leaf stays in a cache between "
         "its two reads.",
-        "results": results,
     }
+
+
+def _as_json(content: dict[str, Any]) -> str:
     text = json.dumps(content, indent=2, allow_nan=False)
     # What fits on a line stands on one.
     return re.sub(r"[\[{][^\[\]{}]{,150}?[\]}]", lambda x: " ".join(x[0].split()), text) + "\n"

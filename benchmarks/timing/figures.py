@@ -31,7 +31,6 @@ def plot_sizes(rows: Sequence[Row], path: pathlib.Path) -> None:
         figsize=(2 + 4.5 * len(dtypes), 1 + 3.4 * len(scopes)),
         layout="constrained",
         squeeze=False,
-        sharex=True,
     )
     for line, scope in zip(panels, scopes, strict=True):
         for axes, dtype in zip(line, dtypes, strict=True):
@@ -40,11 +39,15 @@ def plot_sizes(rows: Sequence[Row], path: pathlib.Path) -> None:
                 _lines(axes, own, "parameters", _seconds)
                 _ceiling(axes, own)
             axes.set(title=f"{scope}, {dtype}", ylabel="seconds")
-            axes.set(xscale="log", yscale="log")
-            axes.grid(alpha=0.3, which="both")
-        line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
-    for axes in panels[-1]:
-        axes.set_xlabel("parameters")
+            axes.set(xscale="log", yscale="log", xlabel="parameters")
+            _ticks(axes, {row["parameters"]: row["model"] for row in rows})
+        # A run that was stopped may have measured one dtype only.
+        handles, labels = max(
+            (x.get_legend_handles_labels() for x in line), key=lambda x: len(x[0])
+        )
+        line[-1].legend(
+            handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small"
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -78,7 +81,7 @@ def plot_growth(leaves: Sequence[Row], groups: Sequence[Row], path: pathlib.Path
         size = rows[0]["parameters"] / 1e6
         axes.set(title=f"{what}, {size:.1f} M parameters", xlabel=key, ylabel="seconds")
         axes.set(xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        _ticks(axes, {row[key]: str(row[key]) for row in rows})
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -88,31 +91,28 @@ def _lines(axes: Axes, rows: Sequence[Row], key: str, value: Callable[[Row], flo
     """A line a contender, with the quartiles of its seconds as a band."""
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[key])
-        is_ours = name.startswith("unit_scale")
-        style = {"marker": MARKERS[i % 8], "markersize": 4} | (OURS if is_ours else {})
+        style = {"marker": MARKERS[i % 8], "markersize": 4} | (OURS if _is_ours(name) else {})
         at = [row[key] for row in own]
-        (line,) = axes.plot(
-            at,
-            [value(row) for row in own],
-            marker=MARKERS[i % 8],
-            markersize=4,
-            label=name,
-            **style,
-        )
+        (line,) = axes.plot(at, [value(row) for row in own], label=name, **style)
         if value is _seconds:
             low, high = ([row["seconds"][end] for row in own] for end in ("low", "high"))
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _ours(rows: Sequence[Row]) -> set[str]:
-    return {row["name"] for row in rows if row["name"].startswith("unit_scale")}
+def _is_ours(name: str) -> bool:
+    return name.startswith("unit_scale")
+
+
+def _ticks(axes: Axes, labels: dict[int, str]) -> None:
+    axes.set_xticks(list(labels), list(labels.values()))
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3, which="both")
 
 
 def _ceiling(axes: Axes, rows: Sequence[Row]) -> None:
     """What memory takes for the bytes of unit_scale."""
-    own = sorted(
-        (row for row in rows if row["name"] in _ours(rows)), key=lambda row: row["parameters"]
-    )
+    ours = next(row["name"] for row in rows if _is_ours(row["name"]))
+    own = sorted((row for row in rows if row["name"] == ours), key=lambda row: row["parameters"])
     at = np.array([row["parameters"] for row in own])
     least = np.array([row["share"]["median"] * row["seconds"]["median"] for row in own])
     label = f"ceiling: {' + '.join(own[0]['passes'])}"

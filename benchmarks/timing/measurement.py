@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.timing.methods import PASSES
 
-__all__ = ["Contender", "Row", "compile_function", "measure", "quartiles"]
+__all__ = ["Contender", "Row", "compile_function", "measure", "quartiles", "summarize"]
 
 Row = dict[str, Any]
 WARM_UP = 3
@@ -40,7 +40,7 @@ class Contender:
 def compile_function(
     function: Callable[..., Any], *arguments: Any, donate: int | tuple[int, ...] = ()
 ) -> tuple[Callable[..., Any], Row]:
-    """A compiled function, and what it took: seconds to trace and compile, temporaries in bytes."""
+    """A compiled function, and what it took: seconds, and bytes beyond those of its arguments."""
     start = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
     traced = time.perf_counter()
@@ -50,8 +50,14 @@ def compile_function(
     return program, {
         "trace_seconds": round(traced - start, 3),
         "compile_seconds": round(compiled - traced, 3),
-        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "temporary_bytes": _beyond_arguments(memory) if memory else None,
     }
+
+
+def _beyond_arguments(memory: Any) -> int:
+    # A result that does not take over a donated argument is memory too.
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + new
 
 
 def measure(
@@ -71,9 +77,9 @@ def measure(
       gradient_bytes: of the gradient, for those that have passes.
 
     Returns:
-      A row a contender: its scope, name and facts; seconds; ratio, the time over that of its
-      scope's first in the same round; bytes, how many its passes move; share, what its passes took
-      in the same round over its time. Seconds, ratio and share are medians with quartiles.
+      A row a contender, scope by scope: its name and facts; seconds; ratio, the time over that of
+      its scope's first in the same round; bytes, how many its passes move; share, what its passes
+      took in the same round over its time. Seconds, ratio and share are medians with quartiles.
     """
     taken: list[list[float]] = [[] for _ in contenders]
     for _ in range(WARM_UP + rounds):
@@ -83,15 +89,30 @@ def measure(
             times.append(time.perf_counter() - start)
         time.sleep(SETTLE)
         advance()
-    times = np.array(taken)[:, WARM_UP:]
+    return summarize(contenders, np.array(taken)[:, WARM_UP:], gradient_bytes)
+
+
+def summarize(
+    contenders: Sequence[Contender], times: np.ndarray, gradient_bytes: int | None = None
+) -> list[Row]:
+    """What `measure` returns, from the seconds of each contender in each round.
+
+    Args:
+      contenders: as there.
+      times: of shape (contenders, rounds).
+      gradient_bytes: as there.
+
+    Returns:
+      The rows, scope by scope.
+    """
     firsts: dict[str, np.ndarray] = {}
     ceilings: dict[str, np.ndarray] = {}
+    rows: dict[str, list[Row]] = {}
     for contender, own in zip(contenders, times, strict=True):
         firsts.setdefault(contender.scope, own)
         if contender.scope == "ceiling":
             (name,) = contender.passes
             ceilings[name] = min(ceilings.get(name, own), own, key=np.median)
-    rows = []
     for contender, own in zip(contenders, times, strict=True):
         row = {"scope": contender.scope, "name": contender.name, "seconds": quartiles(own)}
         if contender.scope != "ceiling":
@@ -101,8 +122,8 @@ def measure(
             row["bytes"] = gradient_bytes * sum(PASSES[name] for name in contender.passes)
             least = np.sum([ceilings[name] for name in contender.passes], axis=0)
             row["share"] = quartiles(least / own)
-        rows.append(row | contender.facts)
-    return rows
+        rows.setdefault(contender.scope, []).append(row | contender.facts)
+    return [row for scope in rows.values() for row in scope]
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A run in tables, a part each."""
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -13,50 +14,40 @@ __all__ = ["tables"]
 _Column = tuple[str, Callable[[Row], str]]
 
 
-def _quartiles(row: Row, key: str) -> str:
-    if key not in row:
-        return "-"
-    value = row[key]
-    return f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-
-
 def _milliseconds(row: Row) -> str:
-    return f"{row['seconds']['median'] * 1e3:.4g}" if "seconds" in row else "stopped"
+    return f"{row['seconds']['median'] * 1e3:.4g}" if "seconds" in row else "-"
 
 
-def _speed(row: Row) -> str:
-    return f"{row['bytes'] / row['seconds']['median'] / 1e9:.1f}" if "bytes" in row else "-"
+def _median(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]['median']:.3f}" if key in row else "-"
 
 
-def _temporaries(row: Row) -> str:
-    size = row.get("temporary_bytes")
-    return "-" if size is None else f"{size / 1e6:.2f}"
+def _spread(row: Row) -> str:
+    return f"{row['ratio']['low']:.3f}-{row['ratio']['high']:.3f}" if "ratio" in row else "-"
+
+
+def _megabytes(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key] / 1e6:.2f}" if row.get(key) is not None else "-"
 
 
 def _compile(row: Row) -> str:
     if "stopped" in row:
-        return row["stopped"]
+        return "stopped"
     if "compile_seconds" not in row:
         return "-"
     return f"{row['trace_seconds'] + row['compile_seconds']:.2f}"
 
 
-TIME: _Column = ("ms", _milliseconds)
-RATIO: _Column = ("ratio", lambda row: _quartiles(row, "ratio"))
-COMPILE: _Column = ("trace and\ncompile s", _compile)
-MEMORY: list[_Column] = [
-    ("MB", lambda row: f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "-"),
-    ("GB/s", _speed),
-    ("of ceiling", lambda row: _quartiles(row, "share")),
-    ("tempo-\nraries MB", _temporaries),
-]
+TIME: list[_Column] = [("ms", _milliseconds), ("ratio", _median("ratio")), ("quartiles", _spread)]
+MOVED: list[_Column] = [("moved\nMB", _megabytes("bytes")), ("of\nceiling", _median("share"))]
+MADE: list[_Column] = [("tempor.\nMB", _megabytes("temporary_bytes")), ("compile\ns", _compile)]
 COLUMNS: dict[str, list[_Column]] = {
-    "transformation": [TIME, RATIO, *MEMORY, COMPILE],
-    "step": [TIME, RATIO, *MEMORY, COMPILE],
-    "training": [TIME, RATIO, ("tempo-\nraries MB", _temporaries), COMPILE],
-    "eager": [TIME, RATIO],
-    "leaves": [TIME, RATIO, COMPILE],
-    "groups": [TIME, RATIO, COMPILE],
+    "transformation": TIME + MOVED + MADE,
+    "step": TIME + MOVED + MADE,
+    "training": TIME + MADE,
+    "eager": TIME,
+    "leaves": TIME + MADE,
+    "groups": TIME + MADE,
 }
 # What a part has a table, or a section, for each of.
 SUBJECTS = {
@@ -67,8 +58,8 @@ SUBJECTS = {
     "groups": ("groups",),
 }
 CAPTION = (
-    "Median (quartiles). Ratio: time over that of the scope's first, round by round. Of ceiling: "
-    "what memory takes for the same bytes, over the time."
+    "Medians. Ratio: of times, to the first of the section, round by round. Of ceiling: what "
+    "memory takes for the bytes that must be moved, over the time. Compile: tracing too."
 )
 
 
@@ -102,20 +93,24 @@ def _table(part: str, subject: str, rows: Sequence[Row]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{part} {subject}: {size}".replace(" :", ":"),
-        caption=CAPTION,
     )
-    first = part if part in ("leaves", "groups") else "scope"
+    stopped = dict.fromkeys(f"{r['name']}: {r['stopped']}" for r in rows if "stopped" in r)
+    table.caption = "\n".join([CAPTION, *stopped])
     columns = COLUMNS[part]
-    table.add_column(first)
     table.add_column("", overflow="fold")
     for heading, _ in columns:
         table.add_column(heading, justify="right")
-    last: Any = None
-    for row in rows:
-        key = row[first]
-        if last not in (None, key):
-            table.add_section()
-        cells = [cell(row) for _, cell in columns]
-        table.add_row("" if key == last else str(key), row["name"], *cells)
-        last = key
+    for key, own in itertools.groupby(rows, functools.partial(_section, part)):
+        table.add_section()
+        table.add_row(key, style="bold")
+        for row in own:
+            name = row["name"].removeprefix("optax.")
+            table.add_row(f"  {name}", *[cell(row) for _, cell in columns])
     return table
+
+
+def _section(part: str, row: Row) -> str:
+    """What the first of is what the others are compared with."""
+    if part == "leaves":
+        return f"{row['leaves']} leaves, {row['scope']}"
+    return f"{row['groups']} {row['scope']}" if part == "groups" else row["scope"]
