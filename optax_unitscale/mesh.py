@@ -75,4 +75,8 @@ def _reduce(values: Sequence[jax.Array], kind: str) -> jax.Array:
 
     stacked = lax.concatenate([lax.expand_dims(value, (0,)) for value in values], 0)
     stacked = lax.optimization_barrier(stacked)
-    return lax.reduce_max(stacked, (0,)) if kind == "max" else lax.reduce_sum(stacked, (0,))
+    total = lax.reduce_sum(stacked, (0,))
+    if kind == "sum":
+        return total
+    # As in a leaf, XLA's maximum can lose a NaN; none of these is negative.
+    return lax.select(lax.ne(total, total), total, lax.reduce_max(stacked, (0,)))

@@ -196,7 +196,9 @@ def _slopes(
             dual = real_parts(dual, dtype)
             if norm == "linf":
                 scaled = complex_of([lax.mul(part, factor) for part in real_parts(x, dtype)])
-                hit = lax.eq(lax.abs(scaled), lax.expand_dims(by.value, member.axes)).astype(dtype)
+                # Not equal: the norm may come from sizes taken in another precision.
+                least = by.value * (1 - 4 * float(jnp.finfo(dtype).eps))
+                hit = lax.ge(lax.abs(scaled), lax.expand_dims(least, member.axes)).astype(dtype)
                 dual = [part * hit for part in dual]
                 hits.append(jnp.sum(hit, axis=member.axes))
             along = [lax.mul(part, factor) for part in real_parts(slopes[member.leaf], dtype)]

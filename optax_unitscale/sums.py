@@ -155,13 +155,23 @@ def _partials(
     for scale in scales:
         parts = real_parts(x, dtype)
         if scale != 1:
-            parts = [lax.mul(part, lax.full_like(part, scale)) for part in parts]
+            # Of a leaf that is a number times something XLA would else multiply the two numbers
+            # first, which leaves the range; it does not look behind a magnitude.
+            parts = [lax.mul(lax.abs(part), lax.full_like(part, scale)) for part in parts]
             if norm == "l2" and not _is_columns(x, axes):
-                # Of a leaf that XLA knows it would square the scale first, which leaves the range.
+                # Of a leaf that XLA knows it would square the scale first, to the same end.
                 bound = float(jnp.finfo(dtype).max)
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
         sums.append(_sum(norm, parts, axes))
-    return sums
+    return _keep_nan(x, axes, dtype, sums) if norm == "linf" else sums
+
+
+def _keep_nan(
+    x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, maxima: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """XLA's maximum can lose a NaN, its sum cannot."""
+    total = _sum("l1", real_parts(x, dtype), axes)
+    return [lax.select(lax.ne(total, total), total, maximum) for maximum in maxima]
 
 
 def _sum_at(
@@ -171,7 +181,8 @@ def _sum_at(
     # broadcast: a temporary of their size. And for the reason above.
     scale, x = lax.optimization_barrier((scale, x))
     parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
-    return _sum(norm, parts, axes)
+    total = _sum(norm, parts, axes)
+    return _keep_nan(x, axes, dtype, [total])[0] if norm == "linf" else total
 
 
 def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
@@ -202,7 +213,7 @@ def _hide_columns(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[
 
 
 def _is_columns(x: jax.Array, axes: tuple[int, ...]) -> bool:
-    return x.size > 1 and x.ndim - 1 not in axes
+    return x.shape != (1,) * x.ndim and x.ndim - 1 not in axes
 
 
 def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:

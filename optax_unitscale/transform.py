@@ -77,11 +77,10 @@ def unit_scale(
       Subnormal elements are zero where the platform flushes them, as XLA does on CPU. A power of
       two times a gradient gives the same update: bit for bit while no square leaves the normal
       range, else to within 3 units of precision. A group of zeros stays zero; one with NaN or an
-      infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it; but where `jax.jit`
-      alone takes a maximum over several devices, XLA can lose a NaN (an infinity never), and "linf"
-      with it. The derivative is :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and
-      bfloat16 the elements are rounded once: a million of them in unit l2 norm are near 1e-3 each,
-      and what is below 6e-5 loses bits in float16. Prefer "rms" there.
+      infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it. The derivative is
+      :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and bfloat16 the elements are
+      rounded once: a million of them in unit l2 norm are near 1e-3 each, and what is below 6e-5
+      loses bits in float16. Prefer "rms" there.
 
     Examples:
       J(θ) = θ² from θ = 1 with a learning rate of 0.1 steps to 0.9, where plain gradient descent
@@ -195,5 +194,6 @@ def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
     if np.shape(min_norm) != ():
         raise ValueError(f"unit_scale: min_norm has shape {np.shape(min_norm)}, expected a scalar.")
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm) <= largest:
+    # As float64, for the least and the largest may be beyond a narrower dtype.
+    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm, np.float64) <= largest:
         raise ValueError(f"unit_scale: min_norm is {min_norm}, expected 0 to {largest:.2g}.")

@@ -35,7 +35,8 @@ SMALL = 2048
 
 def is_small(x: jax.Array) -> bool:
     """Whether a leaf goes through float64."""
-    return x.size <= SMALL
+    # A size that jax.export leaves open is not an int.
+    return isinstance(x.size, int) and x.size <= SMALL
 
 
 def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:

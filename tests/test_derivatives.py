@@ -125,3 +125,11 @@ def test_derivatives_keep_the_dtype_under_strict_promotion(norm, dtype):
     np.testing.assert_allclose(
         np.asarray(tangent.astype(wide)), np.asarray(exact), atol=16 * oracle.epsilon(dtype)
     )
+
+
+@pytest.mark.parametrize("count", [1, 4, 3000])
+def test_the_derivative_of_the_largest_complex_number_is_finite(count):
+    gradient = jax.jit(jax.grad(lambda z: scaled(z, "linf").real.sum()))
+    for seed in range(40):
+        z = jnp.asarray(sample((count,), "complex64", seed=seed))
+        assert np.isfinite(np.asarray(gradient(z))).all()

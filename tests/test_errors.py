@@ -161,6 +161,6 @@ def test_min_norm_that_is_no_real_number_is_refused(floor):
 
 def test_a_whole_number_is_a_min_norm_however_large():
     x = jnp.array([3.0, 4.0])
-    for floor in (10**12, np.int64(10**12), 2**63, np.longdouble(1e12)):
+    for floor in (10**12, np.int64(10**12), 2**63, np.longdouble(1e12), np.float16(6e4)):
         result = unit_scale(min_norm=floor).update(x, EMPTY)[0]
         np.testing.assert_allclose(np.asarray(result), [3 / float(floor), 4 / float(floor)], 1e-6)

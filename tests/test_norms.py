@@ -11,7 +11,7 @@ import oracle
 import pytest
 from common import EMPTY, NORMS, as_for_gpu, sample, scaled
 
-from optax_unitscale import gradient_norms
+from optax_unitscale import gradient_norms, mesh
 
 # Two or three decades inside the normal range, so that normal samples stay in it.
 MAGNITUDES = {
@@ -248,3 +248,37 @@ def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(norm):
     np.testing.assert_array_equal(np.asarray(result["good"]), 0)
     np.testing.assert_array_equal(np.asarray(result["one"]), 0)
     assert np.isnan(np.asarray(result["bad"])).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("run", [lambda f, x: f(x), lambda f, x: as_for_gpu(f, x)(x)])
+def test_a_nan_is_not_lost_in_a_leaf_of_any_size(norm, run):
+    for shape in [(3,), (3000,), (4096,), (64, 64), (100000,)]:
+        x = jnp.ones(shape).ravel().at[-2].set(jnp.nan).reshape(shape)
+        assert np.isnan(run(lambda x: scaled(x, norm), x)).all()
+        assert np.isnan(run(lambda x: gradient_norms(x, norm)["updates"], x))
+    rows = jnp.ones((100, 100)).at[3, 5].set(jnp.nan)
+    assert np.isnan(jax.vmap(lambda x: scaled(x, norm))(rows)).sum() == 100
+
+
+def test_a_nan_is_not_lost_among_thousands_of_leaves():
+    values = [jnp.ones(())] * 4999 + [jnp.full((), jnp.nan)]
+    for kind in ("max", "sum"):
+        (result,) = mesh.combine([[(value, ()) for value in values]], kind)
+        assert np.isnan(result)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_number_times_a_leaf_is_not_taken_apart(norm, axis):
+    # XLA would multiply the number with the power of two of a sum.
+    cases = [(1e15, 0), (1e15, 1e-36), (1e-9, 1e37), (1e-30, 1e36), (1e30, 1e-30), (2.0**49, 0)]
+    for factor, value in cases:
+        x = jnp.full((3, 4), value)
+
+        def update(x, factor=factor):
+            return scaled(x * jnp.float32(factor), norm, axis=axis)
+
+        expected = update(x) if value == 0 else scaled(jnp.ones((3, 4)), norm, axis=axis)
+        for result in (jax.jit(update)(x), as_for_gpu(update, x)(x)):
+            np.testing.assert_allclose(result, expected, rtol=3 * 2.0**-23)
