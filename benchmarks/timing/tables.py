@@ -27,7 +27,7 @@ def _spread(row: Row) -> str:
 
 
 def _megabytes(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[key] / 1e6:.4g}" if row.get(key) is not None else "-"
+    return lambda row: f"{row[key] / 1e6:.2f}" if row.get(key) is not None else "-"
 
 
 def _compile(row: Row) -> str:
@@ -98,7 +98,7 @@ def _table(part: str, subject: str, rows: Sequence[Row]) -> Table:
     stopped = dict.fromkeys(f"{r['name']}: {r['stopped']}" for r in rows if "stopped" in r)
     table.caption = "\n".join([CAPTION, *stopped])
     columns = COLUMNS[part]
-    table.add_column("", overflow="fold", min_width=26)
+    table.add_column("", overflow="fold", min_width=22)
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for key, own in itertools.groupby(rows, functools.partial(_section, part)):
