@@ -98,7 +98,7 @@ def _table(part: str, subject: str, rows: Sequence[Row]) -> Table:
     stopped = dict.fromkeys(f"{r['name']}: {r['stopped']}" for r in rows if "stopped" in r)
     table.caption = "\n".join([CAPTION, *stopped])
     columns = COLUMNS[part]
-    table.add_column("", overflow="fold", min_width=22)
+    table.add_column("", overflow="fold", min_width=17)
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for key, own in itertools.groupby(rows, functools.partial(_section, part)):
