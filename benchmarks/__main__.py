@@ -13,7 +13,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model with several optimizers and compare them",
     "range": "show at which magnitudes normalised gradients have norm 1",
-    "speed": "time unit_scale against the naive division and Optax",
+    "speed": "time unit_scale against its alternatives and what memory allows",
     "lower": "compile unit_scale and Optax for TPUs and GPUs that are not there",
 }
 

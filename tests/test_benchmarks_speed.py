@@ -19,7 +19,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.models.gpt import GPTConfig
 from benchmarks.timing import growth, pytorch, trees
-from benchmarks.timing.jobs import PARTS
+from benchmarks.timing.jobs import PARTS, plan
 from benchmarks.timing.measurement import Contender, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
 from benchmarks.timing.tables import tables
@@ -41,16 +41,23 @@ def tiny() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def out(tiny, tmp_path_factory) -> pathlib.Path:
-    """The folder of a run of every part in float32."""
+    """The folder of a run of all parts but the optimizer's step, in float32."""
     out = tmp_path_factory.mktemp("speed") / "new"
-    assert main(["speed", *tiny, "--dtype", "float32", "--out", str(out)]) == 0
+    parts = [option for part in PARTS if part != "step" for option in ("--part", part)]
+    assert main(["speed", *tiny, "--dtype", "float32", *parts, "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def results(out) -> dict[str, list[dict]]:
-    """Its rows, part by part."""
-    return json.loads((out / "speed.json").read_text())["results"]
+def results(out, tiny, tmp_path_factory) -> dict[str, list[dict]]:
+    """The rows of every part, those of the step in bfloat16."""
+    other = tmp_path_factory.mktemp("step")
+    options = ["--part", "step", "--dtype", "bfloat16", "--out", str(other)]
+    assert main(["speed", *tiny, *options]) == 0
+    assert not (other / "growth.png").exists()
+    written = [json.loads((x / "speed.json").read_text())["results"] for x in (out, other)]
+    assert [list(x) for x in written] == [[part for part in PARTS if part != "step"], ["step"]]
+    return written[0] | written[1]
 
 
 def found(rows: list[dict], scope: str) -> list[str]:
@@ -59,9 +66,8 @@ def found(rows: list[dict], scope: str) -> list[str]:
     return [name for name in names if not name.startswith("torch")]
 
 
-def test_a_run_writes_every_part_and_two_figures_that_show_something(out, results):
+def test_a_run_writes_its_rows_and_two_figures_that_show_something(out):
     assert sorted(path.name for path in out.iterdir()) == ["growth.png", "speed.json", "speed.png"]
-    assert list(results) == list(PARTS)
     for name in ("growth.png", "speed.png"):
         image = matplotlib.image.imread(out / name)[..., :3]
         assert min(image.shape[:2]) > 300
@@ -111,12 +117,10 @@ def test_bytes_are_those_of_the_passes_over_the_gradient(results):
         ("leaf", "optax.adaptive_grad_clip(0.01)"): 4,
         ("global", 'unit_scale(scope="global")'): 3,
         ("axis", "unit_scale(axis=...)"): 3,
-        ("step", "sgd"): 3,
-        ("step", "unit_scale(), sgd"): 4,
         ("ceiling", "read, same leaves"): 1,
         ("ceiling", "copy, one array"): 2,
     }
-    rows = [row for part in ("transformation", "step") for row in results[part]]
+    rows = results["transformation"]
     bytes_of = {(row["scope"], row["name"]): row["bytes"] for row in rows}
     assert {row["parameters"] for row in rows} == {PARAMETERS}
     assert {key: bytes_of[key] for key in passes} == {
@@ -124,14 +128,25 @@ def test_bytes_are_those_of_the_passes_over_the_gradient(results):
     }
 
 
-def test_bfloat16_has_half_the_bytes(tiny, tmp_path):
-    options = ["--part", "step", "--dtype", "bfloat16", "--out", str(tmp_path)]
-    assert main(["speed", *tiny, *options]) == 0
-    written = json.loads((tmp_path / "speed.json").read_text())["results"]
-    assert list(written) == ["step"]
-    assert found(written["step"], "step") == list(STEPS)
-    bytes_of = {row["name"]: row["bytes"] for row in written["step"]}
-    assert bytes_of["unit_scale(), sgd"] == 4 * 2 * PARAMETERS
+def test_in_bfloat16_they_are_half_and_a_step_reads_and_writes_the_parameters_too(results):
+    bytes_of = {row["name"]: row["bytes"] for row in results["step"]}
+    assert bytes_of["sgd"] == 2 * PARAMETERS * 3
+    assert bytes_of["unit_scale(), sgd"] == 2 * PARAMETERS * 4
+
+
+def test_the_bar_ends_where_the_work_does():
+    jobs = plan(["leaves", "groups"], [], ["float32"], 5, 10, "1M")
+    assert [job.title for job in jobs] == ["leaves 10", *(f"groups {n}" for n in growth.GROUPS)]
+    for job in (jobs[0], jobs[-1]):
+        calls = []
+        job.measure(lambda calls=calls: calls.append(1))
+        assert len(calls) == job.steps
+
+
+def test_without_options_everything_is_measured():
+    jobs = plan(list(PARTS), ["1M"], ["float32"], 5, 1000, "1M")
+    assert list(dict.fromkeys(job.part for job in jobs)) == list(PARTS)
+    assert [job.title for job in jobs if job.part == "leaves"][-1] == "leaves 1000"
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -93,7 +93,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     load, cores = about["load"], about["cores"]
     if load > 0.5:
         console.print(
-            f"Before the run {load} processes kept the {cores} cores busy: do not trust it."
+            f"Beforehand {load} processes kept the {cores} cores busy: try again without."
         )
     for table in tables(results):
         console.print(table)

@@ -82,7 +82,7 @@ def plot_growth(leaves: Sequence[Row], groups: Sequence[Row], path: pathlib.Path
         axes.set(title=f"{what}, {size:.1f} M parameters", xlabel=key, ylabel="seconds")
         axes.set(xscale="log", yscale="log")
         _ticks(axes, {row[key]: str(row[key]) for row in rows})
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -104,7 +104,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _ticks(axes: Axes, labels: dict[int, str]) -> None:
-    axes.set_xticks(list(labels), list(labels.values()))
+    axes.set_xticks(list(labels), list(labels.values()), rotation=45)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
 

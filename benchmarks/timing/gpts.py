@@ -86,7 +86,12 @@ def training(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) ->
       transformation alone it is its share of a step.
     """
     config = MODELS[model]
-    graph, params, rest = nnx.split(GPT(config, nnx.Rngs(0)), nnx.Param, ...)
+
+    def split() -> Any:
+        return nnx.split(GPT(config, nnx.Rngs(0)), nnx.Param, ...)
+
+    graph = nnx.eval_shape(split)[0]
+    params, rest = jax.jit(lambda: split()[1:])()
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     tokens = np.random.default_rng(0).integers(
         config.vocabulary, size=(SEQUENCES, config.context + 1), dtype=np.int32

@@ -63,7 +63,9 @@ def steps(shapes: Any) -> list[Contender]:
 def _params(shapes: Any) -> tuple[Any, list[Any]]:
     """PyTorch, and parameters with gradients of these shapes, with JAX's threads or on its GPU."""
     torch = importlib.import_module("torch")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # As many as XLA has; macOS does not say.
+    affinity = getattr(os, "sched_getaffinity", None)
+    torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count())
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     params = []

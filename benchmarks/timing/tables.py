@@ -23,7 +23,7 @@ def _median(key: str) -> Callable[[Row], str]:
 
 
 def _spread(row: Row) -> str:
-    return f"{row['ratio']['low']:.3f}-{row['ratio']['high']:.3f}" if "ratio" in row else "-"
+    return f"{row['ratio']['low']:.2f}-{row['ratio']['high']:.2f}" if "ratio" in row else "-"
 
 
 def _megabytes(key: str) -> Callable[[Row], str]:
@@ -92,12 +92,13 @@ def _table(part: str, subject: str, rows: Sequence[Row]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         title=f"{part} {subject}: {size}".replace(" :", ":"),
     )
     stopped = dict.fromkeys(f"{r['name']}: {r['stopped']}" for r in rows if "stopped" in r)
     table.caption = "\n".join([CAPTION, *stopped])
     columns = COLUMNS[part]
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold", min_width=17)
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for key, own in itertools.groupby(rows, functools.partial(_section, part)):
