@@ -20,13 +20,19 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    parser = Parser(prog="python -m benchmarks", description="Experiments with unit_scale.")
+    parser = Parser(
+        prog="python -m benchmarks",
+        description="Experiments with unit_scale.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Importing a command takes seconds, in which Ctrl-C must work too.
     with interrupt.immediate():
         for name, summary in COMMANDS.items():
             module = importlib.import_module(f"benchmarks.commands.{name}")
-            subparser = commands.add_parser(name, help=summary, description=module.__doc__)
+            subparser = commands.add_parser(
+                name, help=summary, description=module.__doc__, allow_abbrev=False
+            )
             module.add_arguments(subparser)
             subparser.set_defaults(parser=subparser, run=module.run)
         options = parser.parse_args(arguments)

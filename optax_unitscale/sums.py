@@ -99,7 +99,8 @@ def _pick(norm: str, count: int, taken: Sequence[jax.Array]) -> SafeSum:
     total = lax.select(lax.lt(scale, unit), down, one)
     for up in ups:
         total = lax.select(lax.gt(scale, unit), up, total)
-    return SafeSum(total, scale)
+    # The bound on what is squared can lose a NaN.
+    return SafeSum(lax.select(lax.ne(one, one), one, total), scale)
 
 
 def sums_with_rescue(

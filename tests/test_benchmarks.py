@@ -167,6 +167,7 @@ def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
         (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
         (["--out", "/dev/null/run"], "argument --out: cannot use /dev/null/run"),
         (["--colour"], "unrecognized arguments: --colour"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
     ],
 )
 def test_a_wrong_value_is_answered_by_one_line_and_status_2(options, message, capsys):

@@ -26,9 +26,9 @@ RECORDED = json.loads((RESULTS / "lower.json").read_text())
 INSTALLED = any(map(is_installed, TOPOLOGIES.values()))
 
 
-def compiled(function, spec):
+def compiled(function, spec, shape=(16, 8)):
     mesh = jax.make_mesh((4, 2), ("a", "b"), (AxisType.Auto,) * 2, devices=jax.devices("cpu"))
-    leaf = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     return jax.jit(function).lower(leaf).compile().as_text() or ""
 
 
@@ -37,7 +37,8 @@ def update(x):
 
 
 def test_the_all_reduce_of_a_norm_is_found_and_so_is_that_in_a_branch():
-    found = collectives(compiled(update, P(("a", "b"))), 8)
+    # A leaf that is not small: those have no branch.
+    found = collectives(compiled(update, P(("a", "b")), (64, 48)), 8)
     assert found == [Collective("all-reduce", (("f32", 1),), 8)] * 2
 
 
