@@ -78,15 +78,15 @@ def sums_at_every_scale(
     leaves = _hide_columns(groups, leaves)
     ranges = [RANGES[accumulator(group, leaves)] for group in groups]
     choices = [(safe.up, 1.0, safe.down) if norm == "l2" else (1.0, safe.down) for safe in ranges]
-    taken = [
-        pairs
-        for group, scales in zip(groups, choices, strict=True)
-        for pairs in partials(norm, group, leaves, accumulator(group, leaves), scales)
-    ]
+    taken = []
+    for group, scales in zip(groups, choices, strict=True):
+        dtype = accumulator(group, leaves)
+        sums = [_partials(norm, leaves[m.leaf], m.axes, dtype, scales) for m in group.members]
+        taken += [with_mesh_axes(group, values) for values in zip(*sums, strict=True)]
     # All of them cross the devices together.
-    sums = iter(mesh.combine(taken, kind_of(norm)))
+    totals = iter(mesh.combine(taken, kind_of(norm)))
     return [
-        _pick(norm, count(group, leaves), [next(sums) for _ in scales])
+        _pick(norm, count(group, leaves), [next(totals) for _ in scales])
         for group, scales in zip(groups, choices, strict=True)
     ]
 
@@ -110,7 +110,7 @@ def sums_with_rescue(
 
     Args and Returns: as `sums_at_every_scale`.
     """
-    taken = [partials(norm, group, leaves, accumulator(group, leaves))[0] for group in groups]
+    taken = [partials(norm, group, leaves, accumulator(group, leaves)) for group in groups]
     sums = mesh.combine(taken, kind_of(norm))
     # A check for all groups would wait for all sums, and by then a leaf that is to be scaled has
     # left the cache.
@@ -136,15 +136,11 @@ def _check(
 
 
 def partials(
-    norm: str,
-    group: Group,
-    leaves: Sequence[jax.Array],
-    dtype: np.dtype,
-    scales: tuple[float, ...] = (1.0,),
-) -> list[list[tuple[jax.Array, tuple[Hashable, ...]]]]:
-    """For each scale what each leaf on this device has of the sum, for `mesh.combine`."""
-    by_leaf = [_partials(norm, leaves[m.leaf], m.axes, dtype, scales) for m in group.members]
-    return [with_mesh_axes(group, [sums[i] for sums in by_leaf]) for i in range(len(scales))]
+    norm: str, group: Group, leaves: Sequence[jax.Array], dtype: np.dtype
+) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
+    """What each leaf on this device has of the group's sum, for `mesh.combine`."""
+    values = [_partial(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
+    return with_mesh_axes(group, values)
 
 
 # Compiled into the caller like the rest; `jax.jit` spares tracing it again for each leaf.
@@ -163,16 +159,27 @@ def _partials(
                 # Of a leaf that XLA knows it would square the scale first, to the same end.
                 bound = float(jnp.finfo(dtype).max)
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
+        if norm == "linf":
+            # A maximum may lose a NaN, but no infinity, of which `unit_scale` makes a NaN as well.
+            parts = [lax.select(lax.ne(y, y), lax.full_like(y, math.inf), y) for y in parts]
         sums.append(_sum(norm, parts, axes))
-    return _keep_nan(x, axes, dtype, sums) if norm == "linf" else sums
+    return sums
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype"))
+def _partial(norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    parts = real_parts(x, dtype)
+    return _keep_nan(norm, parts, axes, _sum(norm, parts, axes))
 
 
 def _keep_nan(
-    x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, maxima: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """XLA's maximum can lose a NaN, its sum cannot."""
-    total = _sum("l1", real_parts(x, dtype), axes)
-    return [lax.select(lax.ne(total, total), total, maximum) for maximum in maxima]
+    norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...], total: jax.Array
+) -> jax.Array:
+    """XLA:CPU's maximum can lose a NaN, its sum cannot, and it would write other elements first."""
+    if norm != "linf":
+        return total
+    other = _sum("l1", parts, axes)
+    return lax.select(lax.ne(other, other), other, total)
 
 
 def _sum_at(
@@ -182,8 +189,7 @@ def _sum_at(
     # broadcast: a temporary of their size. And for the reason above.
     scale, x = lax.optimization_barrier((scale, x))
     parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
-    total = _sum(norm, parts, axes)
-    return _keep_nan(x, axes, dtype, [total])[0] if norm == "linf" else total
+    return _keep_nan(norm, parts, axes, _sum(norm, parts, axes))
 
 
 def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:

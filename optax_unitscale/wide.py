@@ -54,7 +54,7 @@ def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
     large = [_only(group, leaves, small=False) for group in groups]
     rescued = iter(sums_with_rescue(norm, [group for group in large if group.members], leaves))
     with enable_x64(True):
-        taken = [partials(norm, group, leaves, np.dtype(np.float64))[0] for group in small]
+        taken = [partials(norm, group, leaves, np.dtype(np.float64)) for group in small]
         for pairs, group in zip(taken, large, strict=True):
             if group.members:
                 total, scale = (lax.convert_element_type(x, np.float64) for x in next(rescued))
