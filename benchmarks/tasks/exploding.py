@@ -25,5 +25,7 @@ def load() -> Task:
         target=50.0,
         steps=1000,
         batch_size=64,
-        learning_rates={"sgd": 0.001, "clip": 0.01, "adamw": 0.003, "unit_scale": 0.02},
+        # The better of two for unit_scale and clip; sgd learns at neither of two, and adamw ends at
+        # 25 % at the only one tried. One seed.
+        learning_rates={"sgd": 0.001, "clip": 0.01, "adamw": 0.001, "unit_scale": 0.02},
     )

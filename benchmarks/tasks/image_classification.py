@@ -35,5 +35,7 @@ def load() -> Task:
         target=95.0,
         steps=600,
         batch_size=64,
-        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.003, "unit_scale": 0.03},
+        # The better of two half-decades for sgd and unit_scale, the only one tried for the others;
+        # one seed. All end within a point of each other.
+        learning_rates={"sgd": 0.03, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
     )
