@@ -208,7 +208,7 @@ def kind_of(norm: str) -> Literal["sum", "max"]:
 def _hide_columns(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Puts leaves whose last axis is kept behind a barrier.
 
-    It does what the bound in `partial_sum` does, which in a sum over rows makes XLA:GPU write the
+    It does what the bound in `_partials` does, which in a sum over rows makes XLA:GPU write the
     squares to memory. Elsewhere the bound is better, for a barrier keeps what computes the leaf
     out of the reduction.
     """
