@@ -21,7 +21,7 @@ from optax_unitscale.sums import (
     sums_with_rescue,
     with_mesh_axes,
 )
-from optax_unitscale.wide import enable_x64, wide_norms
+from optax_unitscale.wide import wide_norms
 
 __all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
 
@@ -167,7 +167,7 @@ def _finish(norm: str, measured: SafeSum) -> ScaledNorm:
 
 @jax.jit
 def _narrow(norm: jax.Array) -> ScaledNorm:
-    with enable_x64(True):
+    with jax.enable_x64(True):
         factor = lax.select(
             lax.gt(norm, lax.full_like(norm, _HUGE)),
             lax.full_like(norm, _HUGE_FACTOR),

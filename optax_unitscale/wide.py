@@ -6,10 +6,8 @@ leaves are many, to compile.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.experimental
 import numpy as np
 from jax import lax
 
@@ -24,11 +22,8 @@ from optax_unitscale.sums import (
     sums_with_rescue,
 )
 
-__all__ = ["divide_small", "enable_x64", "is_small", "wide_norms"]
+__all__ = ["divide_small", "is_small", "wide_norms"]
 
-# A context manager, by its name of today or of JAX 0.7.
-_home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
-enable_x64 = _home.enable_x64
 # Elements. From about here on XLA:CPU adds float32 up with a library that is slow in float64.
 SMALL = 2048
 
@@ -53,7 +48,7 @@ def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
     small = [_only(group, leaves, small=True) for group in groups]
     large = [_only(group, leaves, small=False) for group in groups]
     rescued = iter(sums_with_rescue(norm, [group for group in large if group.members], leaves))
-    with enable_x64(True):
+    with jax.enable_x64(True):
         taken = [partials(norm, group, leaves, np.dtype(np.float64)) for group in small]
         for pairs, group in zip(taken, large, strict=True):
             if group.members:
@@ -79,7 +74,7 @@ def divide_small(
       One array for each member of each group, in their order.
     """
     norms = wide_norms("l2" if norm == "rms" else norm, groups, leaves)
-    with enable_x64(True):
+    with jax.enable_x64(True):
         # Far below all norms but 0, which it keeps from 0 / 0.
         least = lax.max(lax.convert_element_type(min_norm, np.float64), np.float64(1e-150))
     return [
@@ -92,7 +87,7 @@ def divide_small(
 
 @functools.partial(jax.jit, static_argnames="root")
 def _invert(norm: jax.Array, least: jax.Array, root: float) -> jax.Array:
-    with enable_x64(True):
+    with jax.enable_x64(True):
         if root != 1:
             norm = lax.mul(norm, lax.full_like(norm, 1 / root))
         norm = lax.max(norm, lax.broadcast(least, norm.shape))
@@ -103,7 +98,7 @@ def _invert(norm: jax.Array, least: jax.Array, root: float) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    with enable_x64(True):
+    with jax.enable_x64(True):
         inverse = lax.expand_dims(inverse, axes)
         parts = [lax.mul(part, inverse) for part in real_parts(x, np.dtype(np.float64))]
         return lax.convert_element_type(complex_of(parts), x.dtype)
