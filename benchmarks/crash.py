@@ -1,18 +1,24 @@
 """Ends a process with one clear line where JAX, or a library below it, would abort at length."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
-__all__ = ["catch_abort", "divert_libraries", "end"]
+__all__ = ["catch_abort", "divert_libraries", "end", "watched"]
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _handlers: list[Any] = []
+_watchers: list[subprocess.Popen[bytes]] = []
+# Its input ends with the process that it watches, which before it ends well says so.
+_WATCHER = "import sys\nif not sys.stdin.read(): sys.stderr.write('\\n' + sys.argv[1])"
 _ending = threading.Lock()
 
 
@@ -43,9 +49,28 @@ def catch_abort(line: str) -> None:
     libc.signal(signal.SIGABRT, _handlers[-1])
 
 
+@contextlib.contextmanager
+def watched(line: str) -> Iterator[None]:
+    """Has another process print a line if this one ends without a word, as JAX 0.8 ends it."""
+    command = [sys.executable, "-S", "-c", _WATCHER, line]
+    # In a session of its own, where no Ctrl-C reaches it.
+    watcher = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=sys.stderr.fileno(), start_new_session=True
+    )
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+        watcher.communicate(b"done")
+
+
 def end(line: str) -> NoReturn:
     """Ends the process at once: JAX's own end would wait for those that died."""
     with _ending:
+        for watcher in _watchers:
+            if watcher.stdin:
+                os.write(watcher.stdin.fileno(), b"done")
         # A progress bar may stand on the last line.
         os.write(sys.stderr.fileno(), f"\n{line}".encode())
         os._exit(1)

@@ -109,11 +109,13 @@ def joined(
     log = crash.divert_libraries(options.out)
     advice = f"See {log}; start all of them again with --resume to go on from the last checkpoint."
     crash.catch_abort(f"{parser.prog}: JAX ended this process, for another one died. {advice}\n")
+    silent = f"{parser.prog}: this process was killed, or JAX ended it, for another one died."
     try:
-        _connect(parser, options)
-        mesh = _make_mesh(parser, options, batch_size)
-        _check_same(mesh, zlib.crc32(repr(same).encode()))
-        yield mesh
+        with crash.watched(f"{silent} {advice}\n"):
+            _connect(parser, options)
+            mesh = _make_mesh(parser, options, batch_size)
+            _check_same(mesh, zlib.crc32(repr(same).encode()))
+            yield mesh
     except Exception as error:
         traceback.print_exc(file=sys.__stderr__)
         reason = " ".join(str(error).split())[:200]
