@@ -178,7 +178,7 @@ def _keep_nan(
     """XLA:CPU's maximum can lose a NaN, its sum cannot, and it would write other elements first."""
     if norm != "linf":
         return total
-    other = _sum("l1", parts, axes)
+    other = _sum("l2", parts, axes)
     return lax.select(lax.ne(other, other), other, total)
 
 
@@ -188,8 +188,10 @@ def _sum_at(
     # Tied to the leaf, for leaves of one shape that shared a scale would also share its
     # broadcast: a temporary of their size. And for the reason above.
     scale, x = lax.optimization_barrier((scale, x))
-    parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in real_parts(x, dtype)]
-    return _keep_nan(norm, parts, axes, _sum(norm, parts, axes))
+    parts = real_parts(x, dtype)
+    scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
+    # Of what is not scaled, which XLA would hold for the second sum.
+    return _keep_nan(norm, parts, axes, _sum(norm, scaled, axes))
 
 
 def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
