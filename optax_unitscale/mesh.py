@@ -6,9 +6,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-__all__ = ["axes_of", "combine", "total_size"]
+__all__ = ["axes_of", "combine", "largest", "total_size"]
 
 
 def axes_of(x: jax.Array, mesh_axes: tuple[Hashable, ...] | None) -> tuple[Hashable, ...]:
@@ -42,12 +43,11 @@ def combine(
     Args:
       partials: for each group, pairs of a partial result and the mesh axes over which it is still
         split; within a group, all of one shape.
-      kind: how results are combined.
+      kind: how results are combined; for "max" none is negative.
 
     Returns:
       One result a group, the same on every device along those axes.
     """
-    collective = lax.pmax if kind == "max" else lax.psum
     here: dict[tuple[Hashable, ...], dict[int, list[jax.Array]]] = {}
     for group, pairs in enumerate(partials):
         for value, axes in pairs:
@@ -56,11 +56,37 @@ def combine(
     for axes, groups in here.items():
         values = [_reduce(values, kind) for values in groups.values()]
         if axes and kind == "max":
-            # A maximum over devices may lose a NaN, but no infinity, which ends as one too.
-            values = [jnp.where(jnp.isnan(value), jnp.inf, value) for value in values]
-        for group, value in zip(groups, collective(values, axes) if axes else values, strict=True):
+            dtypes = [value.dtype for value in values]
+            numbers = lax.pmax([_as_integers(value) for value in values], axes)
+            values = list(map(lax.bitcast_convert_type, numbers, dtypes))
+        elif axes:
+            values = lax.psum(values, axes)
+        for group, value in zip(groups, values, strict=True):
             complete[group].append(value)
     return [_reduce(values, kind) for values in complete]
+
+
+def largest(magnitudes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The maximum, NaN where there is one, which XLA's own may lose on CPU and across devices.
+
+    Args:
+      magnitudes: floats without a sign.
+      axes: of `magnitudes`, over which the maximum is taken.
+
+    Returns:
+      An array of the other axes, in the dtype of `magnitudes`.
+    """
+    return lax.bitcast_convert_type(
+        lax.reduce_max(_as_integers(magnitudes), axes), magnitudes.dtype
+    )
+
+
+def _as_integers(magnitudes: jax.Array) -> jax.Array:
+    """Integers in the order of the magnitudes they stand for, NaN above infinity (IEEE 754)."""
+    dtype = np.dtype(f"int{8 * magnitudes.dtype.itemsize}")
+    number = lax.bitcast_convert_type(magnitudes, dtype)
+    # Without the sign that a NaN may have.
+    return lax.bitwise_and(number, lax.full_like(number, jnp.iinfo(dtype).max))
 
 
 def total_size(axes: tuple[Hashable, ...]) -> int:
@@ -75,8 +101,4 @@ def _reduce(values: Sequence[jax.Array], kind: str) -> jax.Array:
 
     stacked = lax.concatenate([lax.expand_dims(value, (0,)) for value in values], 0)
     stacked = lax.optimization_barrier(stacked)
-    total = lax.reduce_sum(stacked, (0,))
-    if kind == "sum":
-        return total
-    # As in a leaf, XLA's maximum can lose a NaN; none of these is negative.
-    return lax.select(lax.ne(total, total), total, lax.reduce_max(stacked, (0,)))
+    return largest(stacked, (0,)) if kind == "max" else lax.reduce_sum(stacked, (0,))

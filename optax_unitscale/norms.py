@@ -11,16 +11,8 @@ from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.sums import (
-    RANGES,
-    SafeSum,
-    accumulator,
-    complex_of,
-    real_parts,
-    sums_at_every_scale,
-    sums_with_rescue,
-    with_mesh_axes,
-)
+from optax_unitscale.leaves import accumulator, complex_of, real_parts, with_mesh_axes
+from optax_unitscale.sums import RANGES, SafeSum, sums_at_every_scale, sums_with_rescue
 from optax_unitscale.wide import wide_norms
 
 __all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]

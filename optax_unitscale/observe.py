@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optax_unitscale.groups import Plan, assign, make_plan
 from optax_unitscale.norms import group_norms
-from optax_unitscale.sums import root
+from optax_unitscale.leaves import root
 
 __all__ = ["gradient_norms"]
 
@@ -41,8 +41,8 @@ def gradient_norms(
 
     Numerics:
       Exact as in `unit_scale`, then rounded to float32: a norm beyond 3.4e38 is inf. A group with
-      an infinity has norm inf, one with NaN has NaN, or inf where "linf" runs over devices or on
-      an accelerator. Under `jax.jit` beside `unit_scale`, XLA merges the reductions of the two.
+      an infinity has norm inf, one with NaN has NaN. Under `jax.jit` beside `unit_scale`, XLA
+      merges the reductions of the two.
 
     Examples:
       Record the norms of each step in the optimizer's state.

@@ -1,7 +1,6 @@
 """Sums over groups that neither overflow nor underflow, for the price of plain ones."""
 
 import functools
-import math
 from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
@@ -11,23 +10,23 @@ import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
-from optax_unitscale.groups import Group, Member
+from optax_unitscale.groups import Group
+from optax_unitscale.leaves import (
+    accumulator,
+    alone,
+    complex_of,
+    count,
+    real_parts,
+    with_mesh_axes,
+)
 
 __all__ = [
     "RANGES",
     "SafeSum",
-    "accumulator",
-    "alone",
-    "complex_of",
-    "count",
-    "cross_devices",
     "kind_of",
     "partials",
-    "real_parts",
-    "root",
     "sums_at_every_scale",
     "sums_with_rescue",
-    "with_mesh_axes",
 ]
 
 
@@ -159,27 +158,8 @@ def _partials(
                 # Of a leaf that XLA knows it would square the scale first, to the same end.
                 bound = float(jnp.finfo(dtype).max)
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
-        if norm == "linf":
-            # A maximum may lose a NaN, but no infinity, of which `unit_scale` makes a NaN as well.
-            parts = [lax.select(lax.ne(y, y), lax.full_like(y, math.inf), y) for y in parts]
         sums.append(_sum(norm, parts, axes))
     return sums
-
-
-@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype"))
-def _partial(norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    parts = real_parts(x, dtype)
-    return _keep_nan(norm, parts, axes, _sum(norm, parts, axes))
-
-
-def _keep_nan(
-    norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...], total: jax.Array
-) -> jax.Array:
-    """XLA:CPU's maximum can lose a NaN, its sum cannot, and it would write other elements first."""
-    if norm != "linf":
-        return total
-    other = _sum("l2", parts, axes)
-    return lax.select(lax.ne(other, other), other, total)
 
 
 def _sum_at(
@@ -188,18 +168,45 @@ def _sum_at(
     # Tied to the leaf, for leaves of one shape that shared a scale would also share its
     # broadcast: a temporary of their size. And for the reason above.
     scale, x = lax.optimization_barrier((scale, x))
-    parts = real_parts(x, dtype)
-    scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
-    # Of what is not scaled, which XLA would hold for the second sum.
-    return _keep_nan(norm, parts, axes, _sum(norm, scaled, axes))
+    return _partial(norm, x, axes, dtype, scale)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype"))
+def _partial(
+    norm: str,
+    x: jax.Array,
+    axes: tuple[int, ...],
+    dtype: np.dtype,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    x, parts = _read(x, dtype)
+    scaled = parts
+    if scale is not None:
+        scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
+    if norm != "linf":
+        return _sum(norm, scaled, axes)
+    # `mesh.largest` would write its integers to memory here. This may lose a NaN, and a sum does
+    # not: of what is not scaled, which would be held for both.
+    largest = lax.reduce_max(lax.abs(complex_of(scaled)), axes)
+    other = _sum("l2", _read(x, dtype)[1], axes)
+    return lax.select(lax.ne(other, other), other, largest)
+
+
+def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
+    """A leaf, and its real parts in another dtype.
+
+    Those of a narrow dtype XLA:CPU would write to memory for all that reads them.
+    """
+    hidden = lax.optimization_barrier(x) if jnp.finfo(x.dtype).bits < 32 else x
+    return hidden, real_parts(hidden, dtype)
 
 
 def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
-    reduce = lax.reduce_max if norm == "linf" else lax.reduce_sum
-    return reduce(lax.abs(complex_of(parts)), axes)
+    magnitudes = lax.abs(complex_of(parts))
+    return mesh.largest(magnitudes, axes) if norm == "linf" else lax.reduce_sum(magnitudes, axes)
 
 
 def kind_of(norm: str) -> Literal["sum", "max"]:
@@ -233,54 +240,3 @@ def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
     scale = lax.select(total <= safe.huge, one, down)
     # Only squares underflow.
     return lax.select(total < count * safe.tiny, up, scale) if norm == "l2" else scale
-
-
-def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
-    """The dtype that a group's sum is taken in."""
-    dtypes = {jnp.finfo(leaves[member.leaf].dtype).dtype for member in group.members}
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-
-
-def alone(group: Group, leaves: Sequence[jax.Array]) -> tuple[tuple[Group], list[jax.Array]]:
-    """The same group among its own leaves only: equal for groups that are alike."""
-    members = tuple(member._replace(leaf=i) for i, member in enumerate(group.members))
-    return (Group("", members),), [leaves[member.leaf] for member in group.members]
-
-
-def cross_devices(group: Group, leaves: Sequence[jax.Array]) -> bool:
-    """Whether a group's sum runs over mesh axes."""
-    return any(mesh.axes_of(leaves[member.leaf], member.mesh_axes) for member in group.members)
-
-
-def with_mesh_axes(
-    group: Group, values: Sequence[jax.Array]
-) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
-    """One value a member, each with the mesh axes over which it is still split."""
-    pairs = zip(values, group.members, strict=True)
-    return [(value, mesh.axes_of(value, member.mesh_axes)) for value, member in pairs]
-
-
-def count(group: Group, leaves: Sequence[jax.Array]) -> int:
-    """The number of elements that share each norm of the group, on all devices."""
-    return sum(_elements(leaves[member.leaf], member) for member in group.members)
-
-
-def root(norm: str, group: Group, leaves: Sequence[jax.Array]) -> float:
-    """The ratio of what `norms.group_norms` measures to the norm: √n for the rms of n elements."""
-    return math.sqrt(count(group, leaves)) if norm == "rms" else 1.0
-
-
-def real_parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    """The array, or its real and imaginary parts, in another dtype."""
-    parts = [lax.real(x), lax.imag(x)] if jnp.iscomplexobj(x) else [x]
-    return [lax.convert_element_type(part, dtype) for part in parts]
-
-
-def complex_of(parts: Sequence[jax.Array]) -> jax.Array:
-    """Undoes `real_parts`."""
-    return lax.complex(*parts) if len(parts) == 2 else parts[0]
-
-
-def _elements(x: jax.Array, member: Member) -> int:
-    here = math.prod(x.shape[axis] for axis in member.axes)
-    return here * mesh.total_size(mesh.axes_of(x, member.mesh_axes))

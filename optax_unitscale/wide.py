@@ -13,14 +13,8 @@ from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.sums import (
-    complex_of,
-    kind_of,
-    partials,
-    real_parts,
-    root,
-    sums_with_rescue,
-)
+from optax_unitscale.leaves import complex_of, real_parts, root
+from optax_unitscale.sums import kind_of, partials, sums_with_rescue
 
 __all__ = ["divide_small", "is_small", "wide_norms"]
 

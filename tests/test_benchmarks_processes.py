@@ -18,13 +18,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 SMALL = ["--optimizer", "unit_scale", "--steps", str(STEPS), "--batch-size", "8"]
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-# JAX 0.7.0 warns of itself.
-OWN = "ignore:jax.interpreters.xla.canonicalize_dtype:DeprecationWarning"
 PATIENCE = 240
 
 
 def start(out: pathlib.Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-W", OWN, "-m", "benchmarks", "train", *SMALL]
+    command = [sys.executable, "-W", "error", "-m", "benchmarks", "train", *SMALL]
     return subprocess.Popen(
         [*command, "--checkpoint-every", "4", "--out", str(out), *options],
         cwd=ROOT,

@@ -19,8 +19,6 @@ from optax_unitscale import gradient_norms, unit_scale
 
 RATE = 0.125
 LAYERS = 3
-# jax 0.7.0 has the other name.
-set_mesh: Any = getattr(jax, "set_mesh", getattr(jax.sharding, "use_mesh", None))
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 
 
@@ -164,7 +162,7 @@ def test_nnxs_optimizer_moves_what_wrt_selects_and_nothing_else():
 def test_nnxs_partitioned_parameters_keep_their_sharding(kind):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,))
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "data"))
-    with set_mesh(mesh):
+    with jax.set_mesh(mesh):
         model = nnx.Linear(4, 4, kernel_init=init, rngs=nnx.Rngs(0))
         # The moments of Adam take on the parameters' sharding; the logged norms must not.
         optimizer = nnx.Optimizer(model, watched(optax.adam(RATE)), wrt=nnx.Param)

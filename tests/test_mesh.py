@@ -35,8 +35,6 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|"
     r"collective-permute|collective-broadcast)(?:-start)?\("
 )
-# A context manager, by its name of today or of JAX 0.7.
-set_mesh: Any = getattr(jax, "set_mesh", getattr(jax.sharding, "use_mesh", None))
 
 
 def make_mesh(kind=AxisType.Auto):
@@ -79,7 +77,8 @@ def shard_map(function, in_specs, out_specs, **options):
 def check_same(sharded, single):
     """Equal but for the order of a sum, its root, a quotient, and the rounding to the dtype.
 
-    XLA adds thousands of elements up in windows of 32, and the sum is then off by up to 4 units.
+    XLA adds thousands of elements up in windows of 32, and the sum is then off by up to 6 units:
+    6 for the roots of the two sums, 2 for the two quotients and roundings.
     """
     assert jax.tree.structure(sharded) == jax.tree.structure(single)
     for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
@@ -112,7 +111,7 @@ def check_layout(results, inputs):
 @pytest.mark.parametrize("scope", SCOPES, ids=["leaf", "global", "labels"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_arrays_keep_layout_and_send_only_scalars(kind, scope, norm):
-    with set_mesh(mesh := make_mesh(kind)):
+    with jax.set_mesh(mesh := make_mesh(kind)):
         inputs = [shard(gradients(magnitudes), mesh, SPECS) for magnitudes in MAGNITUDES]
         update = jax.jit(lambda tree: scaled(tree, norm, scope=scope)).lower(inputs[0]).compile()
         results = [update(tree) for tree in inputs]
@@ -143,19 +142,21 @@ def test_the_program_for_gpu_gives_the_same_update_and_sends_only_scalars(way, s
 def test_nan_or_inf_on_one_device_makes_the_group_nan_on_all(way, norm):
     mesh, spec = make_mesh(), {"bad": P("a", "b"), "good": P("b", "a")}
     tree = {"bad": draw((8, 4)), "good": draw((8, 4), seed=1)}
-    # XLA:CPU loses a NaN where it takes a maximum over devices by itself.
     tree["bad"][5, 1] = np.nan
 
     def update(tree):
         told = (lambda path, x: ("a", "b")) if way == "told" else None
-        return scaled(tree, norm, axis_name=told), scaled(
-            tree, norm, scope="global", axis_name=told
+        leaf, whole = (
+            scaled(tree, norm, scope=scope, axis_name=told) for scope in ("leaf", "global")
         )
+        return leaf, whole, gradient_norms(tree, norm, axis_name=told)
 
     if way == "jit":
-        leaf, whole = jax.jit(update)(shard(tree, mesh, spec))
+        leaf, whole, norms = jax.jit(update)(shard(tree, mesh, spec))
     else:
-        leaf, whole = shard_map(update, (spec,), (spec, spec), check_vma=way != "told")(tree)
+        specs = (spec, spec, dict.fromkeys(spec, P()))
+        leaf, whole, norms = shard_map(update, (spec,), specs, check_vma=way != "told")(tree)
+    assert np.isnan(norms["bad"])
     assert np.isnan(leaf["bad"]).all()
     check_same(leaf["good"], scaled(tree["good"], norm))
     assert all(np.isnan(x).all() for x in whole.values())
@@ -163,7 +164,7 @@ def test_nan_or_inf_on_one_device_makes_the_group_nan_on_all(way, norm):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_calls_outside_jit_keep_the_layout_too(kind):
-    with set_mesh(mesh := make_mesh(kind)):
+    with jax.set_mesh(mesh := make_mesh(kind)):
         tree = shard(gradients({}), mesh, SPECS)
         result = scaled(tree, "l2", scope="global")
         norms = gradient_norms(tree, scope="global")
@@ -269,7 +270,7 @@ def every_layer(x, **options):
 @pytest.mark.parametrize("spec", LAYER_SPECS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_stacked_layers_are_scaled_each_by_itself_without_gathering(kind, spec):
-    with set_mesh(mesh := make_mesh(kind)):
+    with jax.set_mesh(mesh := make_mesh(kind)):
         layers = shard(LAYERS, mesh, spec)
         update = jax.jit(every_layer).lower(layers).compile()
         result = update(layers)

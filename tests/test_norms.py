@@ -256,8 +256,7 @@ def test_a_nan_is_not_lost_in_a_leaf_of_any_size(norm, run):
     for shape in [(3,), (3000,), (4096,), (64, 64), (100000,)]:
         x = jnp.ones(shape).ravel().at[-2].set(jnp.nan).reshape(shape)
         assert np.isnan(run(lambda x: scaled(x, norm), x)).all()
-        measured = run(lambda x: gradient_norms(x, norm)["updates"], x)
-        assert not np.isfinite(measured) if norm == "linf" else np.isnan(measured)
+        assert np.isnan(run(lambda x: gradient_norms(x, norm)["updates"], x))
     rows = jnp.ones((100, 100)).at[3, 5].set(jnp.nan)
     assert np.isnan(jax.vmap(lambda x: scaled(x, norm))(rows)).sum() == 100
 

@@ -19,8 +19,6 @@ from optax.contrib import MuonDimensionNumbers as Axes
 from optax_unitscale import scale_by_shape, unit_scale
 
 EMPTY = optax.EmptyState()
-# A context manager, by its name of today or of JAX 0.7.
-set_mesh: Any = getattr(jax, "set_mesh", getattr(jax.sharding, "use_mesh", None))
 EVENTS: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: EVENTS.append(event))
 
@@ -374,7 +372,7 @@ def test_sharded_leaves_keep_their_sharding_and_have_the_factor_of_the_whole(kin
     specs: Any = {"blocks": {"kernel": P(None, "b", "a"), "bias": P(None, "a")}}
     specs["head"] = {"kernel": P(("a", "b")), "bias": P()}
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    with set_mesh(mesh):
+    with jax.set_mesh(mesh):
         tree = jax.device_put(STACK, shardings)
         results = [scaled(tree, dimension_numbers=stacked)]
         results.append(jax.jit(lambda tree: scaled(tree, dimension_numbers=stacked))(tree))
