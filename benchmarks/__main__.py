@@ -12,6 +12,7 @@ __all__ = ["main"]
 # Each is a module of benchmarks.commands, with `add_arguments` and `run`.
 COMMANDS = {
     "train": "train a model with several optimizers and compare them",
+    "compare": "tune many optimizers alike on every task and compare them",
     "range": "show at which magnitudes normalised gradients have norm 1",
     "speed": "time unit_scale against its alternatives and what memory allows",
     "lower": "compile unit_scale and Optax for TPUs and GPUs that are not there",

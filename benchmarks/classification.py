@@ -47,6 +47,7 @@ def make_task(
     *,
     target: float,
     steps: int,
+    sweep: int,
     batch_size: int,
     learning_rates: Mapping[str, float],
 ) -> Task:
@@ -79,6 +80,7 @@ def make_task(
         target=target,
         fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
         steps=steps,
+        sweep=sweep,
         batch_size=batch_size,
         tokens=1,
         unit="images",

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import NoReturn
 
 from benchmarks import training
@@ -26,21 +27,32 @@ def make(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path
     return out
 
 
-def open_log(parser: Parser, out: pathlib.Path) -> training.Log:
-    """The log in a run's folder."""
+def open_log(parser: Parser, path: pathlib.Path) -> training.Log:
+    """A log in a run's folder."""
     try:
-        return training.Log(out / "metrics.jsonl")
+        return training.Log(path)
     except (OSError, ValueError) as error:
-        _cannot_use(parser, out, error)
+        _cannot_use(parser, path.parent, error)
 
 
-def folder(parser: Parser, options: argparse.Namespace) -> pathlib.Path | None:
-    """The folder that --out and --resume ask for; None for a new one."""
+def folder(
+    parser: Parser, options: argparse.Namespace, command: str, parts: Sequence[str]
+) -> pathlib.Path | None:
+    """The folder that --out and --resume ask for.
+
+    Args:
+      parser: answers what is wrong.
+      options: the command's.
+      command: its name.
+      parts: patterns of what a folder holds that is in use.
+
+    Returns:
+      The folder; None for a new one.
+    """
     if options.out is None:
-        earlier = sorted(RUNS.glob("train-*"))
+        earlier = sorted(RUNS.glob(f"{command}-*"))
         return earlier[-1] if options.resume and earlier else None
-    parts = [options.out / name for name in ("metrics.jsonl", "checkpoints")]
-    if any(part.exists() for part in parts) and not options.resume:
+    if any(any(options.out.glob(part)) for part in parts) and not options.resume:
         parser.error(
             f"argument --out: {options.out} holds a run; add --resume to go on with it, or name "
             "another folder"

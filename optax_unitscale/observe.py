@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import group_norms
 from optax_unitscale.leaves import root
+from optax_unitscale.norms import group_norms
 
 __all__ = ["gradient_norms"]
 

@@ -12,8 +12,8 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_unitscale.groups import Group, Plan, assign, make_plan
-from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
 from optax_unitscale.leaves import accumulator, alone, cross_devices, root
+from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
 from optax_unitscale.wide import divide_small, is_small
 
 __all__ = ["unit_scale"]

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import data, training
 from benchmarks.__main__ import main
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.optimizers import SHOWN
 from benchmarks.sharding import Layout
 from benchmarks.tasks import language_modelling
 from benchmarks.training import Log
@@ -184,7 +184,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("task", "steps", "optimizer", "learning-rate", "seed", "batch-size", "out"):
         assert f"--{option}" in text
-    for name in (*OPTIMIZERS, "--checkpoint-every", "--resume", data.FOLDER_VARIABLE):
+    for name in (*SHOWN, "--checkpoint-every", "--resume", data.FOLDER_VARIABLE):
         assert name in text
 
 

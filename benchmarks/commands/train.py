@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from benchmarks import data, interrupt, processes, report, runs, training
 from benchmarks.arguments import Parser, positive_number, whole_number
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.optimizers import CONTENDERS, SHOWN
 from benchmarks.sharding import Layout
 from benchmarks.tasks import TASKS, Task, load
 
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--optimizer",
         action="append",
-        choices=tuple(OPTIMIZERS),
-        help="an optimizer to train with; repeat it for several (default: all)",
+        choices=tuple(CONTENDERS),
+        help=f"an optimizer to train with; repeat it for several (default: {', '.join(SHOWN)})",
     )
     add(
         "--learning-rate",
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Trains, writes, prints; returns the exit status."""
-    names = list(dict.fromkeys(options.optimizer or OPTIMIZERS))
+    names = list(dict.fromkeys(options.optimizer or SHOWN))
     # Figures go to files; a desktop's windows would come between.
     mpl.use("Agg")
     try:
@@ -96,13 +96,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         parser.error(f"argument --task: {error}")
     batch_size = options.batch_size or task.batch_size
     processes.check_arguments(parser, options, batch_size)
-    out = runs.folder(parser, options)
+    out = runs.folder(parser, options, "train", ("metrics.jsonl", "checkpoints"))
     configs = [
         training.Config(
             task=options.task,
             data_sha256=task.fingerprint,
             optimizer=name,
-            learning_rate=options.learning_rate or task.learning_rates[name],
+            learning_rate=options.learning_rate
+            or task.learning_rates.get(name, CONTENDERS[name].rate),
             steps=options.steps or task.steps,
             batch_size=batch_size,
             seed=options.seed,
@@ -110,7 +111,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         for name in names
     ]
     out = runs.make(parser, out, "train")
-    log = runs.open_log(parser, out)
+    log = runs.open_log(parser, out / "metrics.jsonl")
     runs.check_same(parser, log, configs)
     same = (configs, options.mesh, options.checkpoint_every, log.entries)
     with processes.joined(parser, options, batch_size, same) as mesh:

@@ -30,10 +30,11 @@ class Task:
       target: the value of the metric that counts as reached, fixed before any run.
       fingerprint: the SHA-256 of the data, hexadecimal.
       steps: training steps unless the user says otherwise.
+      sweep: the same where there are many runs.
       batch_size: examples in a batch unless the user says otherwise.
       tokens: how many of `unit` one example holds, for the throughput.
       unit: what a model reads, in the plural: "tokens", "images".
-      learning_rates: the peak rate of every contender unless the user says otherwise.
+      learning_rates: the peak rates of contenders unless the user says otherwise.
       model: makes the model from a seed.
       batch: those rows of a training batch that `(seed, step, batch_size, rows)` names by a slice
         or by indices, a pure function; its leaves' first axis is the row.
@@ -49,6 +50,7 @@ class Task:
     target: float
     fingerprint: str
     steps: int
+    sweep: int
     batch_size: int
     tokens: int
     unit: str

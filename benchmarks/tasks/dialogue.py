@@ -61,6 +61,7 @@ def load() -> Task:
         target=340.0,
         fingerprint=read.fingerprint,
         steps=600,
+        sweep=600,
         batch_size=16,
         tokens=read.context,
         unit="tokens",

@@ -24,6 +24,7 @@ def load() -> Task:
         lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
         target=50.0,
         steps=1000,
+        sweep=1000,
         batch_size=64,
         # The better of two for unit_scale and clip; sgd learns at neither of two, and adamw ends at
         # 25 % at the only one tried. One seed.

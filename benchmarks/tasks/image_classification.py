@@ -34,6 +34,7 @@ def load() -> Task:
         lambda seed: CNN(SIZE, 10, nnx.Rngs(seed)),
         target=95.0,
         steps=600,
+        sweep=600,
         batch_size=64,
         # The better of two half-decades for sgd and unit_scale, the only one tried for the others;
         # one seed. All end within a point of each other.

@@ -39,6 +39,7 @@ def load() -> Task:
         target=3.0,
         fingerprint=hashlib.sha256(b"".join(part.tobytes() for part in text.values())).hexdigest(),
         steps=1200,
+        sweep=1200,
         batch_size=8,
         tokens=CONFIG.context,
         unit="tokens",

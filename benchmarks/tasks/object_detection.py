@@ -82,6 +82,7 @@ def load() -> Task:
         target=15.0,
         fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
         steps=800,
+        sweep=800,
         batch_size=8,
         tokens=1,
         unit="tiles",

@@ -88,6 +88,7 @@ def load() -> Task:
         target=65.5,
         fingerprint=data.fingerprint(array for part in examples().values() for array in part),
         steps=1200,
+        sweep=1200,
         batch_size=32,
         tokens=QUESTION + PASSAGE,
         unit="tokens",

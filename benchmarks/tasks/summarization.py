@@ -91,6 +91,7 @@ def load() -> Task:
         target=12.0,
         fingerprint=read.fingerprint,
         steps=600,
+        sweep=600,
         batch_size=16,
         tokens=read.context,
         unit="tokens",

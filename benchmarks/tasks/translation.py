@@ -78,6 +78,7 @@ def load() -> Task:
         target=15.0,
         fingerprint=read.fingerprint,
         steps=600,
+        sweep=600,
         batch_size=16,
         tokens=read.context,
         unit="tokens",

@@ -39,6 +39,7 @@ def load_depth(depth: int, learning_rates: Mapping[str, float]) -> Task:
         lambda seed: SigmoidMLP(64, WIDTH, depth, 10, nnx.Rngs(seed)),
         target=90.0,
         steps=3000,
+        sweep=3000,
         batch_size=256,
         learning_rates=learning_rates,
     )

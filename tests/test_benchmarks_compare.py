@@ -1,0 +1,253 @@
+"""`python -m benchmarks compare`: equal budgets, sweeps that go on, and what they say."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__, tasks
+from benchmarks.commands.compare import PRESETS
+from benchmarks.optimizers import CONTENDERS
+from benchmarks.sweep import jobs
+from benchmarks.sweep.search import half_decade, next_index, tune
+from benchmarks.sweep.summary import standings
+from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
+
+ROOT = pathlib.Path(__file__).parent.parent
+TASK = "vanishing_4"
+PATIENCE = 240
+PLAN = PRESETS["try"]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return dataclasses.replace(tasks.load(TASK), target=50.0)
+
+
+def trial(optimizer="sgd", rate=0.1, seed=0, value=60.0, **changes):
+    """A trial whose metric is `value` on the validation split, one more in training, one less."""
+    results = {"train": value + 1, "validation": value, "test": value - 1}
+    curve = [value - EVALUATIONS + i for i in range(1, EVALUATIONS + 1)]
+    losses = [2.0] * (EVALUATIONS + 1)
+    fields = {"losses": losses, "curve": curve, "results": results, "reached": 30, "seconds": 0.5}
+    return Trial(optimizer, rate, seed, **(fields | changes))
+
+
+def lost(**changes):
+    results = dict.fromkeys(("train", "validation", "test"))
+    return trial(losses=[2.0, None], curve=[], results=results, reached=None, **changes)
+
+
+@pytest.mark.parametrize("peak", [-3, 0, 2, 7])
+def test_every_search_has_as_many_tries_and_ends_around_the_best_of_them(peak):
+    tried: dict[int, float] = {}
+    while len(tried) < 7:
+        index = next_index(tried, start=0)
+        assert index not in tried
+        tried[index] = -float(abs(index - peak))
+    assert max(tried) - min(tried) == 6
+    if abs(peak) < 4:
+        assert min(tried) < peak < max(tried)
+    else:
+        assert max(tried) == 5
+
+
+def test_a_search_walks_away_from_where_runs_diverge():
+    tried = {0: -math.inf, -1: -math.inf, 1: -math.inf, 2: -math.inf}
+    assert next_index({0: -math.inf, -1: 3.0, 1: -math.inf}, start=0) == -2
+    assert next_index(tried, start=0) in (-2, 3)
+
+
+def test_half_decades_are_round():
+    assert [half_decade(i) for i in (-3, -2, -1, 0, 1)] == [0.0316, 0.1, 0.316, 1.0, 3.16]
+
+
+def test_tuning_takes_the_best_rate_by_validation_and_further_seeds_there(task):
+    asked = []
+
+    def run(rate, seed):
+        asked.append((rate, seed))
+        return trial(rate=rate, seed=seed, value=70.0 if rate == 1.0 else 50.0)
+
+    tune(run, task, "sgd", rates=5, seeds=2)
+    assert len(set(asked)) == 7
+    assert [seed for _, seed in asked] == [0] * 5 + [1, 2]
+    assert [rate for rate, _ in asked[-2:]] == [1.0, 1.0]
+
+
+def test_standings_are_what_one_reads_off_the_trials(task):
+    trials = [
+        *(trial(rate=rate, value=value) for rate, value in ((0.01, 40), (0.1, 80), (1.0, 74))),
+        trial(rate=0.1, seed=1, value=70.0, reached=40, seconds=0.1),
+        trial(rate=0.1, seed=2, value=80.0, reached=None, seconds=0.1),
+        trial(rate=0.1, seed=3, value=90.0, reached=20, seconds=0.3),
+        # Of another rate: an earlier best of fewer rates.
+        trial(rate=1.0, seed=1, value=10.0),
+        *(trial("unit_scale", rate, value=value) for rate, value in ((0.1, 100), (1.0, 91))),
+        lost(optimizer="unit_scale", rate=10.0),
+        trial("unit_scale", 0.1, seed=1, value=100.0),
+    ]
+    first, second = standings(trials, task)
+    assert (first.optimizer, second.optimizer) == ("unit_scale", "sgd")
+    assert (first.at_edge, second.at_edge) == (True, False)
+    assert (first.near, first.near_own, first.diverged, first.tried) == (1.0, 1.0, 1, 3)
+    assert (second.near, second.near_own, second.diverged, second.tried) == (0.0, 1.0, 0, 3)
+    assert second.test == [69.0, 79.0, 89.0]
+    assert second.mean == 79.0
+    assert second.gap == 2.0
+    # The median pace of all trials: 0.5, thrice, 0.1, twice, 0.3, and 0.5.
+    assert (second.steps, second.seconds) == (40, pytest.approx(20.0))
+
+
+def test_where_lower_is_better_the_least_is_first(task):
+    task = dataclasses.replace(task, higher_is_better=False)
+    trials = [trial(name, seed=seed, value=value) for name, value in (("sgd", 3.0), ("clip", 2.0))
+              for seed in (0, 1)]  # fmt: skip
+    trials += [trial("clip", 1.0, value=2.1), trial("clip", 10.0, value=2.3)]
+    first, second = standings(trials, task)
+    assert (first.optimizer, first.near, second.near) == ("clip", 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [([2.0, 1.0, 4.0], False), ([2.0, 1.0, 4.1], True), ([2.0, None], True), ([None], True)],
+)
+def test_a_run_diverged_whose_loss_is_no_number_or_doubled(losses, diverged):
+    assert trial(losses=losses).diverged == diverged
+
+
+@pytest.mark.parametrize("optimizer", CONTENDERS)
+def test_every_contender_learns_at_the_rate_that_its_search_starts_with(task, optimizer):
+    shares: list[float] = []
+    result = Trials(task, optimizer, 60, 64).run(CONTENDERS[optimizer].rate, 0, shares.append)
+    first, *_, last = result.losses
+    assert first is not None
+    assert last is not None
+    assert last < first + 0.05
+    assert sum(shares) == pytest.approx(1)
+    assert None not in [*result.curve, *result.results.values()]
+
+
+def test_trials_share_what_was_compiled_and_repeat_bit_for_bit(task):
+    trials = Trials(task, "unit_scale", 40, 64)
+    first = trials.run(0.1, 0, lambda share: None)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    other = trials.run(0.03, 1, lambda share: None)
+    again = trials.run(0.1, 0, lambda share: None)
+    assert not compiled
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(first, seconds=0)
+    assert other.losses != first.losses
+
+
+def test_a_trial_that_leaves_the_numbers_ends_there(task):
+    result = Trials(task, "sgd", 40, 64).run(1e38, 0, lambda share: None)
+    assert result.diverged
+    assert result.results == {"train": None, "validation": None, "test": None}
+    json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+def start(out, *options):
+    command = [sys.executable, "-m", "benchmarks", "compare", "--task", TASK, "--preset", "try"]
+    optimizers = ["--optimizer", "sgd", "--optimizer", "unit_scale"]
+    return subprocess.Popen(
+        [*command, *optimizers, "--workers", "2", "--out", str(out), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read(out):
+    path = out / f"{TASK}.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def outcomes(out):
+    """What the trials came to, without the time that they took."""
+    found = [entry | {"seconds": 0} for entry in read(out)[1:]]
+    return sorted(found, key=lambda e: (e["optimizer"], e["seed"], e["learning_rate"]))
+
+
+def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = start(broken)
+    deadline = time.monotonic() + PATIENCE
+    while len(read(broken)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = outcomes(broken)
+    assert 2 <= len(before) < 2 * (PLAN.rates + PLAN.seeds)
+    # As if it had been in the middle of a line.
+    with (broken / f"{TASK}.jsonl").open("a") as file:
+        file.write('{"kind": "tri')
+    output, _ = start(broken, "--resume").communicate(timeout=PATIENCE)
+    assert "unit_scale" in output
+    assert "steps to" in output
+    start(whole).communicate(timeout=PATIENCE)
+    assert outcomes(broken) == outcomes(whole)
+    assert len(outcomes(whole)) == 2 * (PLAN.rates + PLAN.seeds)
+    kept = [entry for entry in outcomes(broken) if entry in before]
+    assert len(kept) == len(before)
+    standing = json.loads((broken / "compare.json").read_text())[TASK]
+    assert {place["optimizer"] for place in standing} == {"sgd", "unit_scale"}
+    assert (broken / f"{TASK}.png").stat().st_size > 10_000
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = start(tmp_path)
+    deadline = time.monotonic() + PATIENCE
+    while len(read(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert f"--resume --out {tmp_path}" in output.replace("\n", "")
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds a run; add --resume"),
+        (["--resume", "--preset", "cpu"], "has steps 300, not 3000; repeat its options"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, options, message):
+    task = tasks.load(TASK)
+    entry = {
+        "kind": "sweep",
+        "data_sha256": task.fingerprint,
+        "steps": 300,
+        "batch_size": task.batch_size,
+        "plan": PLAN._asdict(),
+        "target": task.target,
+    }
+    (tmp_path / f"{TASK}.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["compare", "--task", TASK, "--out", str(tmp_path), *options])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_process_that_fails_is_reported():
+    job = jobs.Job(TASK, "nobody")
+    with pytest.raises(RuntimeError, match=f"nobody on {TASK} ended with status 1"):
+        list(jobs.run([job], PLAN, 1, lambda: False))
+
+
+def test_presets_give_every_contender_the_same():
+    assert PRESETS["cpu"].rates >= 7
+    assert all(np.isfinite(plan).all() for plan in PRESETS.values())
