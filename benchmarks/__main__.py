@@ -13,6 +13,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model with several optimizers and compare them",
     "compare": "tune many optimizers alike on every task and compare them",
+    "transfer": "find the best learning rate at every size of a model",
     "range": "show at which magnitudes normalised gradients have norm 1",
     "speed": "time unit_scale against its alternatives and what memory allows",
     "lower": "compile unit_scale and Optax for TPUs and GPUs that are not there",

@@ -10,15 +10,39 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
 
-__all__ = ["CONTENDERS", "SHOWN", "Contender", "make"]
+__all__ = ["COMPARED", "CONTENDERS", "SHOWN", "TRANSFERRED", "Contender", "make"]
 
 MOMENTUM = 0.9
+# The width at which AdamW with the 1/width rule is AdamW.
+BASE_WIDTH = 64
 
 
 def _sgd(rate: Any) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=MOMENTUM)
+
+
+def _momentum_unit_scale(rate: Any, *more: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.trace(MOMENTUM), unit_scale(), *more, optax.scale_by_learning_rate(rate)
+    )
+
+
+def _adamw_width(rate: Any) -> optax.GradientTransformation:
+    """A kernel's learning rate is divided by its width over `BASE_WIDTH` (Tensor Programs V)."""
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(1e-4),
+        scale_by_shape("sign"),
+        optax.masked(optax.scale(float(BASE_WIDTH)), _kernels),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _kernels(tree: Any) -> Any:
+    """True at kernels, whose factor under "sign" is not 1."""
+    return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
 
 
 class Contender(NamedTuple):
@@ -51,13 +75,7 @@ CONTENDERS = {
         0.03,
         lambda rate: optax.chain(unit_scale(), _sgd(rate)),
     ),
-    "unit_scale_last": Contender(
-        "momentum, then unit_scale per leaf",
-        0.03,
-        lambda rate: optax.chain(
-            optax.trace(MOMENTUM), unit_scale(), optax.scale_by_learning_rate(rate)
-        ),
-    ),
+    "unit_scale_last": Contender("momentum, then unit_scale per leaf", 0.03, _momentum_unit_scale),
     "unit_scale_global": Contender(
         "unit_scale of the whole gradient, then SGD with momentum",
         0.1,
@@ -74,6 +92,17 @@ CONTENDERS = {
         lambda rate: optax.chain(unit_scale(), optax.adam(rate)),
     ),
 }
+COMPARED = tuple(CONTENDERS)
+CONTENDERS |= {
+    "adam": Contender("Adam", 0.003, optax.adam),
+    "adamw_width": Contender("AdamW, a kernel's rate over its width", 0.003, _adamw_width),
+    "unit_scale_shape": Contender(
+        "momentum, unit_scale per leaf, scale_by_shape",
+        0.03,
+        lambda rate: _momentum_unit_scale(rate, scale_by_shape()),
+    ),
+}
+TRANSFERRED = ("sgd", "adam", "adamw_width", "muon", "unit_scale_last", "unit_scale_shape")
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")
 

@@ -16,8 +16,8 @@ import pytest
 from benchmarks import __main__, tasks
 from benchmarks.commands.compare import PRESETS
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep import jobs
-from benchmarks.sweep.search import half_decade, next_index, tune
+from benchmarks.sweep import jobs, search
+from benchmarks.sweep.search import Plan, half_decade, next_index, tune
 from benchmarks.sweep.summary import standings
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
@@ -77,7 +77,7 @@ def test_tuning_takes_the_best_rate_by_validation_and_further_seeds_there(task):
         asked.append((rate, seed))
         return trial(rate=rate, seed=seed, value=70.0 if rate == 1.0 else 50.0)
 
-    tune(run, task, "sgd", rates=5, seeds=2)
+    tune(run, task, "sgd", Plan(rates=5, seeds=2, length=1.0, batch_size=1))
     assert len(set(asked)) == 7
     assert [seed for _, seed in asked] == [0] * 5 + [1, 2]
     assert [rate for rate, _ in asked[-2:]] == [1.0, 1.0]
@@ -118,7 +118,7 @@ def test_where_lower_is_better_the_least_is_first(task):
 
 @pytest.mark.parametrize(
     ("losses", "diverged"),
-    [([2.0, 1.0, 4.0], False), ([2.0, 1.0, 4.1], True), ([2.0, None], True), ([None], True)],
+    [([2.0, 1.0, 4.0], False), ([2.0, 1.0, 4.1], True), ([2.0, None], True), ([None, None], True)],
 )
 def test_a_run_diverged_whose_loss_is_no_number_or_doubled(losses, diverged):
     assert trial(losses=losses).diverged == diverged
@@ -127,7 +127,9 @@ def test_a_run_diverged_whose_loss_is_no_number_or_doubled(losses, diverged):
 @pytest.mark.parametrize("optimizer", CONTENDERS)
 def test_every_contender_learns_at_the_rate_that_its_search_starts_with(task, optimizer):
     shares: list[float] = []
-    result = Trials(task, optimizer, 60, 64).run(CONTENDERS[optimizer].rate, 0, shares.append)
+    # Optax's Adam mixes an integer count with floats.
+    with jax.numpy_dtype_promotion("standard"):
+        result = Trials(task, optimizer, 60, 64).run(CONTENDERS[optimizer].rate, 0, shares.append)
     first, *_, last = result.losses
     assert first is not None
     assert last is not None
@@ -159,9 +161,8 @@ def test_a_trial_that_leaves_the_numbers_ends_there(task):
 
 def start(out, *options):
     command = [sys.executable, "-m", "benchmarks", "compare", "--task", TASK, "--preset", "try"]
-    optimizers = ["--optimizer", "sgd", "--optimizer", "unit_scale"]
     return subprocess.Popen(
-        [*command, *optimizers, "--workers", "2", "--out", str(out), *options],
+        [*command, "--optimizer", "unit_scale", "--out", str(out), *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -185,12 +186,12 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(broken)
     deadline = time.monotonic() + PATIENCE
-    while len(read(broken)) < 3 and time.monotonic() < deadline:
+    while len(read(broken)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = outcomes(broken)
-    assert 2 <= len(before) < 2 * (PLAN.rates + PLAN.seeds)
+    assert 1 <= len(before) < PLAN.rates + PLAN.seeds
     # As if it had been in the middle of a line.
     with (broken / f"{TASK}.jsonl").open("a") as file:
         file.write('{"kind": "tri')
@@ -199,11 +200,11 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path
     assert "steps to" in output
     start(whole).communicate(timeout=PATIENCE)
     assert outcomes(broken) == outcomes(whole)
-    assert len(outcomes(whole)) == 2 * (PLAN.rates + PLAN.seeds)
+    assert len(outcomes(whole)) == PLAN.rates + PLAN.seeds
     kept = [entry for entry in outcomes(broken) if entry in before]
     assert len(kept) == len(before)
     standing = json.loads((broken / "compare.json").read_text())[TASK]
-    assert {place["optimizer"] for place in standing} == {"sgd", "unit_scale"}
+    assert [place["optimizer"] for place in standing] == ["unit_scale"]
     assert (broken / f"{TASK}.png").stat().st_size > 10_000
 
 
@@ -243,9 +244,9 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, options, message
 
 
 def test_a_process_that_fails_is_reported():
-    job = jobs.Job(TASK, "nobody")
+    job = search.Job(TASK, "nobody", PLAN)
     with pytest.raises(RuntimeError, match=f"nobody on {TASK} ended with status 1"):
-        list(jobs.run([job], PLAN, 1, lambda: False))
+        list(jobs.run(search.work, [job], 1, lambda: False))
 
 
 def test_presets_give_every_contender_the_same():

@@ -14,7 +14,7 @@ from benchmarks import tasks
 from benchmarks.__main__ import main
 from benchmarks.detection import SYMMETRIES, average_precision, cut, decode, encode, hit, turn
 from benchmarks.models.detector import STRIDE, Detector
-from benchmarks.models.mlp import SigmoidMLP
+from benchmarks.models.mlp import MLP
 from benchmarks.tasks import exploding, image_classification, object_detection, vanishing
 from benchmarks.training import Log
 from optax_unitscale import gradient_norms
@@ -153,7 +153,7 @@ def test_gradients_vanish_with_depth():
     batch = task.batch(0, 0, 64, slice(None))
     norms = []
     for depth in (4, 16):
-        model = SigmoidMLP(64, vanishing.WIDTH, depth, 10, nnx.Rngs(0))
+        model = MLP(64, vanishing.WIDTH, depth, 10, nnx.sigmoid, nnx.Rngs(0))
         gradients = nnx.jit(nnx.grad(task.loss))(model, batch)
         norms.append(float(gradient_norms(gradients)["hidden/layers/0/kernel"]))
     assert norms[0] > 1e5 * norms[1] > 0

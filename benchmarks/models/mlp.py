@@ -1,19 +1,28 @@
-"""A multilayer perceptron whose activations are sigmoids, which shrink gradients fourfold."""
+"""A multilayer perceptron."""
 
 import itertools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
 
-__all__ = ["SigmoidMLP"]
+__all__ = ["MLP"]
 
 
-class SigmoidMLP(nnx.Module):
-    """Hidden linear layers of equal width, each under a sigmoid, and a linear head."""
+class MLP(nnx.Module):
+    """Hidden linear layers of equal width, each under an activation, and a linear head."""
 
-    def __init__(self, inputs: int, width: int, depth: int, outputs: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        outputs: int,
+        activation: Callable[[jax.Array], jax.Array],
+        rngs: nnx.Rngs,
+    ):
         widths = itertools.pairwise([inputs, *[width] * depth])
-        layers = [[nnx.Linear(*pair, rngs=rngs), nnx.sigmoid] for pair in widths]
+        layers = [[nnx.Linear(*pair, rngs=rngs), activation] for pair in widths]
         self.hidden = nnx.Sequential(*itertools.chain(*layers))
         self.head = nnx.Linear(width, outputs, rngs=rngs)
 

@@ -1,35 +1,90 @@
 """How an optimizer is tuned: half-decades of its learning rate, then further seeds at the best."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+from benchmarks import tasks
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep.trial import Trial
+from benchmarks.sweep.jobs import Tell
+from benchmarks.sweep.trial import Trial, Trials
 from benchmarks.tasks import Task
 
-__all__ = ["best_rate", "half_decade", "next_index", "tune"]
+__all__ = ["Job", "Plan", "best_rate", "half_decade", "next_index", "tune", "work", "worth"]
 
 
-def tune(
-    trial: Callable[[float, int], Trial], task: Task, optimizer: str, rates: int, seeds: int
-) -> None:
-    """Runs as many trials for one optimizer as for any other.
+class Plan(NamedTuple):
+    """How much a sweep spends on each optimizer.
+
+    Attributes:
+      rates: learning rates to try, with seed 0.
+      seeds: further seeds at the best of them.
+      length: how many times a task's steps in a sweep.
+      batch_size: how many times a task's batch size.
+    """
+
+    rates: int
+    seeds: int
+    length: float
+    batch_size: int
+
+    def steps(self, task: Task) -> int:
+        """Of one run."""
+        return max(1, round(task.sweep * self.length))
+
+
+class Job(NamedTuple):
+    """All trials of one optimizer on one task.
+
+    Attributes:
+      task: its name.
+      optimizer: its name.
+      plan: how many.
+      done: those that an earlier sweep has.
+    """
+
+    task: str
+    optimizer: str
+    plan: Plan
+    done: Sequence[Trial] = ()
+
+    def __str__(self) -> str:
+        """What errors and the progress bar say."""
+        return f"{self.optimizer} on {self.task}"
+
+
+def work(job: Job, tell: Tell) -> None:
+    """Runs what is missing of a job."""
+    task, plan = tasks.load(job.task), job.plan
+    trials = Trials(task, job.optimizer, plan.steps(task), task.batch_size * plan.batch_size)
+    done = {(trial.learning_rate, trial.seed): trial for trial in job.done}
+
+    def trial(rate: float, seed: int) -> Trial:
+        if (rate, seed) not in done:
+            done[rate, seed] = trials.run(rate, seed, lambda share: tell(share, None))
+            tell(0.0, done[rate, seed])
+        return done[rate, seed]
+
+    tune(trial, task, job.optimizer, plan)
+
+
+def tune(trial: Callable[[float, int], Trial], task: Task, optimizer: str, plan: Plan) -> None:
+    """Asks for as many trials of one optimizer as of any other.
 
     Args:
       trial: runs one, given a learning rate and a seed.
       task: the task.
       optimizer: a key of `CONTENDERS`.
-      rates: how many learning rates to try, with seed 0.
-      seeds: how many further seeds to run with the best of them.
+      plan: how many trials.
     """
     start = round(2 * math.log10(CONTENDERS[optimizer].rate))
     tried: dict[int, float] = {}
     trials = []
-    while len(tried) < rates:
+    while len(tried) < plan.rates:
         index = next_index(tried, start)
         trials.append(trial(half_decade(index), 0))
         tried[index] = worth(trials[-1], task)
-    for seed in range(1, seeds + 1):
+    for seed in range(1, plan.seeds + 1):
         trial(best_rate(trials, task), seed)
 
 
@@ -46,7 +101,7 @@ def worth(trial: Trial, task: Task) -> float:
     return value if task.higher_is_better else -value
 
 
-def best_rate(trials: list[Trial], task: Task) -> float:
+def best_rate(trials: Sequence[Trial], task: Task) -> float:
     """The learning rate with the best validation metric among trials of one seed."""
     return max(trials, key=lambda trial: worth(trial, task)).learning_rate
 

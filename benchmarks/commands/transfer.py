@@ -1,0 +1,221 @@
+"""Finds the best learning rate at every size of a model, and says how far it moves.
+
+For each optimizer and size to within a factor of 1.4, two seeds. A sweep that was stopped goes on
+with --resume.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import interrupt, runs
+from benchmarks.arguments import Parser
+from benchmarks.optimizers import TRANSFERRED
+from benchmarks.sweep import fine, session
+from benchmarks.sweep.families import FAMILIES
+from benchmarks.sweep.trial import Trial
+from benchmarks.training import Log
+
+__all__ = ["add_arguments", "run"]
+
+# How many times the steps.
+PRESETS = {"cpu": 1.0, "try": 0.2, "accelerator": 10.0}
+FIXED = ("family", "length", "data_sha256")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    add = parser.add_argument
+    about = ", ".join(f"{name} ({family.what})" for name, family in FAMILIES.items())
+    add(
+        "--family",
+        action="append",
+        choices=tuple(FAMILIES),
+        help=f"what differs; repeat it for several (default: all): {about}",
+    )
+    add(
+        "--optimizer",
+        action="append",
+        choices=TRANSFERRED,
+        help="an optimizer to compare; repeat it for several (default: all)",
+    )
+    add(
+        "--size",
+        action="append",
+        type=int,
+        metavar="N",
+        help="one of a family's sizes; repeat it for several (default: all)",
+    )
+    add(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="cpu",
+        help="cpu: hours on two cores; try: a fifth of the steps, to see it work; accelerator: "
+        "larger models and ten times the steps (default: %(default)s)",
+    )
+    session.add_arguments(parser)
+
+
+def run(parser: Parser, options: argparse.Namespace) -> int:
+    """Runs what is missing, writes, prints; returns the exit status."""
+    mpl.use("Agg")
+    names = list(dict.fromkeys(options.family or FAMILIES))
+    optimizers = list(dict.fromkeys(options.optimizer or TRANSFERRED))
+    length = PRESETS[options.preset]
+    sizes = {name: _sizes(parser, options, name) for name in names}
+    out = runs.make(parser, runs.folder(parser, options, "transfer", ("*.jsonl",)), "transfer")
+    logs = {name: runs.open_log(parser, out / f"{name}.jsonl") for name in names}
+    for name, log in logs.items():
+        fingerprint = FAMILIES[name].member(sizes[name][0], length).task.fingerprint
+        about = {"family": name, "length": length, "data_sha256": fingerprint}
+        session.begin(parser, log, about | session.machine(), FIXED)
+    console = Console()
+    console.print(f"writing to {out}", soft_wrap=True)
+    todo = []
+    for name in names:
+        for size, optimizer in itertools.product(sizes[name], optimizers):
+            done = session.trials(logs[name], size=size, optimizer=optimizer)
+            # How many it takes shows on the way; one that is complete finds that out at once.
+            job = fine.Job(name, size, optimizer, length, done)
+            todo.append((job, min(len(done), fine.TRIALS - 1), fine.TRIALS))
+
+    def record(job: fine.Job, trial: Trial) -> None:
+        logs[job.family].append(kind="trial", size=job.size, **dataclasses.asdict(trial))
+
+    with interrupt.deferred() as stop:
+        session.run(console, options, fine.work, todo, record, stop)
+        results = {name: _results(log) for name, log in logs.items()}
+        for name, found in results.items():
+            if found:
+                console.print(_table(name, found))
+                figure = _plot(name, logs[name], found)
+                figure.savefig(out / f"{name}.png", dpi=130)
+                plt.close(figure)
+                console.print(f"wrote {out / name}.png", soft_wrap=True)
+        _write(out / "transfer.json", results)
+        console.print(f"wrote {out / 'transfer.json'}", soft_wrap=True)
+    if stop.is_set():
+        console.print(f"Stopped. Go on with the same options and --resume --out {out}")
+        return interrupt.INTERRUPTED
+    return 0
+
+
+def _sizes(parser: Parser, options: argparse.Namespace, name: str) -> list[int]:
+    family = FAMILIES[name]
+    every = family.large if options.preset == "accelerator" else family.sizes
+    wanted = [size for size in every if size in (options.size or every)]
+    if not wanted:
+        choices = ", ".join(map(str, every))
+        parser.error(f"argument --size: {name} has {choices}, none of which was named")
+    return wanted
+
+
+def _results(log: Log) -> dict[str, dict[int, Any]]:
+    """By optimizer and size, what `fine.best` says and what there is of it."""
+    results: dict[str, dict[int, Any]] = {}
+    sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
+    for optimizer, size in itertools.product(TRANSFERRED, sizes):
+        best = fine.best(session.trials(log, size=size, optimizer=optimizer))
+        if best:
+            results.setdefault(optimizer, {})[size] = best
+    return results
+
+
+def _table(name: str, results: dict[str, dict[int, Any]]) -> Table:
+    """One row an optimizer: the best rate at every size, how far it moves, the loss it reaches."""
+    sizes = sorted({size for found in results.values() for size in found})
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{name}: best learning rate by {FAMILIES[name].what}",
+        caption="moves: the largest of these over the smallest. loss: the mean of two seeds at the "
+        "largest size, and how far they are apart.",
+    )
+    table.add_column("optimizer", no_wrap=True)
+    for heading in (*map(str, sizes), "moves", f"loss at {sizes[-1]}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for optimizer, found in results.items():
+        rates = [rate for rate, _, _ in found.values()]
+        last = found.get(sizes[-1])
+        table.add_row(
+            optimizer,
+            *(f"{found[size][0]:.2g}" if size in found else "-" for size in sizes),
+            f"{max(rates) / min(rates):.1f}",
+            f"{last[1]:.3f} ±{last[2] / 2:.3f}" if last else "-",
+        )
+    return table
+
+
+def _plot(name: str, log: Log, results: dict[str, dict[int, Any]]) -> Figure:
+    """The loss against the learning rate, one curve a size, side by side for each optimizer."""
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(4.2 * columns, 0.6 + 3.2 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    sizes = sorted({size for found in results.values() for size in found})
+    colors = plt.colormaps["viridis"]([i / max(1, len(sizes)) for i in range(len(sizes))])
+    losses = []
+    for panel, (optimizer, found) in zip(axes.flat, results.items(), strict=False):
+        for size, color in zip(sizes, colors, strict=True):
+            points = _curve(session.trials(log, size=size, optimizer=optimizer))
+            if points:
+                rates, values = zip(*points, strict=True)
+                panel.plot(rates, values, ".-", color=color, label=str(size), linewidth=1.2)
+                losses += [value for value in values if math.isfinite(value)]
+            if size in found:
+                panel.plot(*found[size][:2], "o", color=color, markersize=8)
+        panel.set(title=optimizer, xscale="log", xlabel="peak learning rate")
+        panel.grid(alpha=0.3)
+    for panel in axes.flat[len(results) :]:
+        panel.set_axis_off()
+    low, high = min(losses), sorted(losses)[int(0.85 * (len(losses) - 1))]
+    axes[0, 0].set_ylim(low - 0.05 * (high - low), high)
+    for row in axes:
+        row[0].set_ylabel("training loss, last tenth [nats]")
+    axes[0, 0].legend(title=FAMILIES[name].what, fontsize=8, title_fontsize=8)
+    figure.suptitle(f"{name}: a dot marks each size's best learning rate")
+    return figure
+
+
+def _curve(trials: Sequence[Trial]) -> list[tuple[float, float]]:
+    """The mean loss over the seeds at every learning rate; NaN where one diverged."""
+    rates = sorted({trial.learning_rate for trial in trials})
+    points = []
+    for rate in rates:
+        own = [fine.final_loss(trial) for trial in trials if trial.learning_rate == rate]
+        mean = sum(own) / len(own)
+        points.append((rate, mean if math.isfinite(mean) else math.nan))
+    return points
+
+
+def _write(path: pathlib.Path, results: dict[str, Any]) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for name, found in results.items():
+        content[name] = {
+            optimizer: {
+                str(size): dict(zip(("learning_rate", "loss", "range"), best, strict=True))
+                for size, best in own.items()
+            }
+            for optimizer, own in found.items()
+        }
+    whole = path.with_suffix(".new")
+    whole.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    whole.replace(path)
