@@ -1,5 +1,6 @@
 """The README's Python runs, and its figures are what its subject does."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -34,6 +35,28 @@ def test_the_table_of_magnitudes_is_that_of_the_file():
         norms = {name: [float(norm) for norm in columns[name]] for name in METHODS}
         rows.append([dtype, *(extent(columns["elements"], norms[name]) for name in METHODS)])
     assert "\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n" in README
+
+
+def test_the_table_of_times_is_that_of_the_file():
+    file = ROOT / "benchmarks/results/cpu-2-cores/speed.json"
+    rows = json.loads(file.read_text())["results"]["transformation"]
+    lines = []
+    for model, dtype in itertools.product(("1M", "35M", "124M", "350M"), ("float32", "bfloat16")):
+        seconds = {
+            row["name"]: row["seconds"]["median"]
+            for row in rows
+            if (row["model"], row["dtype"]) == (model, dtype)
+        }
+        pairs = [
+            ("unit_scale()", "x * rsqrt(sum(x * x))"),
+            ("unit_scale()", "torch: p.grad /= norm(p.grad)"),
+            ("unit_scale()", "torch: foreach norm, div"),
+            ('unit_scale(scope="global")', "x * rsqrt(sum of all x * x)"),
+            ('unit_scale(scope="global")', "optax.normalize_by_update_norm()"),
+        ]
+        ratios = [f"{seconds[ours] / seconds[theirs]:.2f}" for ours, theirs in pairs]
+        lines.append(f"| {' | '.join([f'{model[:-1]} M', dtype, *ratios])} |\n")
+    assert "".join(lines) in README
 
 
 def test_the_pictures_are_there():
