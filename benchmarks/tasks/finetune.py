@@ -1,0 +1,49 @@
+"""Yes or no, by a pretrained model: MiniLM, as published, goes on learning with BoolQ."""
+
+import functools
+
+import numpy as np
+from flax import nnx
+
+from benchmarks import minilm
+from benchmarks.boolq import Examples, make_task, splits
+from benchmarks.models.bert import Classifier
+from benchmarks.tasks import Task
+
+__all__ = ["examples", "load"]
+
+LENGTH = 96
+EVALUATED = 256
+
+
+@functools.cache
+def examples() -> dict[str, Examples]:
+    """The splits as pairs of a question and a passage: ids of tokens and of which of the two."""
+    return {
+        name: Examples(
+            minilm.encode([(x.question, x.passage) for x in part], LENGTH),
+            np.array([x.yes for x in part], np.int32),
+        )
+        for name, part in splits().items()
+    }
+
+
+def load() -> Task:
+    """Reads the questions and the checkpoint, and checks the latter."""
+    minilm.check(minilm.make())
+    return make_task(
+        examples(),
+        _model,
+        tokens=LENGTH,
+        target=68.0,
+        steps=100,
+        sweep=100,
+        batch_size=16,
+        evaluated=EVALUATED,
+        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.0001, "unit_scale": 0.003},
+    )
+
+
+def _model(seed: int) -> Classifier:
+    """The published weights under a new head."""
+    return Classifier(minilm.make(), nnx.Rngs(seed))
