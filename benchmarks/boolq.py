@@ -82,6 +82,7 @@ def make_task(
     batch_size: int,
     learning_rates: Mapping[str, float],
     evaluated: int | None = None,
+    evaluations: int = Task.evaluations,
 ) -> Task:
     """A Task whose model maps `inputs` to logits of no and of yes, its metric the accuracy.
 
@@ -96,6 +97,7 @@ def make_task(
       learning_rates: see there.
       evaluated: how many examples of each split to compute the metric on, the first; all unless
         given, and of the training data as many as there are to validate.
+      evaluations: as in `Task`.
     """
 
     def first(split: str) -> Examples:
@@ -129,6 +131,7 @@ def make_task(
         loss=_loss,
         evaluate=lambda model, split: _accuracy(first(split), _predict(model, first(split))),
         sample=sample,
+        evaluations=evaluations,
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-__all__ = ["Bert", "BertConfig", "Classifier", "mean", "restore"]
+__all__ = ["Bert", "BertConfig", "Classifier", "Frozen", "mean", "restore"]
 
 # What the modules are called in a checkpoint.
 STEM = {
@@ -139,10 +139,23 @@ class Bert(nnx.Module):
         return x
 
 
-class Classifier(nnx.Module):
-    """Two logits, of no and of yes, of the mean of a BERT's vectors."""
+class Frozen(nnx.Variable):
+    """A weight that stays as it is, for it is no `nnx.Param`."""
 
-    def __init__(self, bert: Bert, rngs: nnx.Rngs):
+
+class Classifier(nnx.Module):
+    """Two logits, of no and of yes, of the mean of a BERT's vectors.
+
+    Attributes:
+      bert: its last blocks are trained, the rest of it stays as it is.
+      head: a linear layer.
+    """
+
+    def __init__(self, bert: Bert, trained: int, rngs: nnx.Rngs):
+        """Takes a BERT, for its own, and how many of its blocks to train."""
+        blocks = list(cast(Iterable[Block], bert.blocks))
+        for module in (bert.words, bert.positions, bert.kinds, bert.norm, *blocks[:-trained]):
+            _freeze(module)
         self.bert = bert
         self.head = nnx.Linear(bert.config.width, 2, rngs=rngs)
 
@@ -155,6 +168,13 @@ def mean(x: jax.Array, tokens: jax.Array) -> jax.Array:
     """The mean (batch, width) of the vectors (batch, position, width) of what does not pad."""
     there = (tokens != 0)[:, :, None].astype(x.dtype)
     return (x * there).sum(axis=1) / there.sum(axis=1)
+
+
+def _freeze(module: nnx.Module) -> None:
+    for _, part in nnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, nnx.Param):
+                setattr(part, name, Frozen(value[...]))
 
 
 def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
