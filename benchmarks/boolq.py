@@ -149,10 +149,11 @@ def _probabilities(model: Callable[..., jax.Array], inputs: tuple[jax.Array, ...
 
 def _predict(model: Any, examples: Examples) -> np.ndarray:
     count = len(examples.yes)
+    chunk = min(CHUNK, count)
     found = []
-    for start in range(0, count, CHUNK):
+    for start in range(0, count, chunk):
         # The last row again where there are too few, for another shape would compile again.
-        rows = np.minimum(np.arange(start, start + CHUNK), count - 1)
+        rows = np.minimum(np.arange(start, start + chunk), count - 1)
         inputs = tuple(map(jnp.asarray, examples.take(rows).inputs))
         found.append(np.asarray(_probabilities(model, inputs)))
     return np.concatenate(found)[:count]

@@ -75,7 +75,8 @@ def read() -> Checkpoint:
 def make() -> Bert:
     """A new model with the published weights."""
     checkpoint = read()
-    model = Bert(checkpoint.config, nnx.Rngs(0))
+    # Its shapes alone: random weights would only be replaced.
+    model = nnx.eval_shape(lambda: Bert(checkpoint.config, nnx.Rngs(0)))
     restore(model, checkpoint.tensors)
     return model
 

@@ -79,12 +79,17 @@ def forward(tensors: Tensors, config: BertConfig, tokens: np.ndarray, kinds: np.
     return [encode(row[row != 0], types[row != 0]) for row, types in rows]
 
 
+def run(model: Bert, tokens: np.ndarray, kinds: np.ndarray) -> jax.Array:
+    call = nnx.jit(lambda model, *inputs: model(*inputs))
+    return call(model, jnp.asarray(tokens), jnp.asarray(kinds))
+
+
 def random_tensors(config: BertConfig) -> Tensors:
     """A checkpoint of random numbers, with the tensors that go unused."""
     rng = np.random.default_rng(0)
     width = config.width
     square, across = (width, width), (config.hidden, width)
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (config.vocabulary, width),
         "embeddings.position_embeddings.weight": (config.context, width),
         "embeddings.token_type_embeddings.weight": (config.kinds, width),
@@ -134,9 +139,7 @@ def test_the_vectors_are_those_of_pytorch_and_of_numpy(name, checkpoint, model):
     recorded = RECORD[f"{name}_means"]
     atol = 1536 * epsilon(np.float64) * np.abs(recorded).max()
     np.testing.assert_allclose(expected, recorded, rtol=0, atol=atol)
-    found = nnx.jit(lambda model, *x: mean(model(*x), x[0]))(
-        model, jnp.asarray(tokens), jnp.asarray(kinds)
-    )
+    found = mean(run(model, tokens, kinds), jnp.asarray(tokens))
     # Rounding errors of sums of 1536 terms grow like the root of that, 39, and add up likewise
     # over four sums in each of six blocks.
     atol = math.sqrt(1536 * 24) * epsilon(np.float32) * np.abs(recorded).max()
@@ -163,7 +166,7 @@ def test_a_small_bert_computes_what_numpy_computes_and_ignores_padding():
     tokens = rng.integers(1, SMALL.vocabulary, (3, 10)).astype(np.int32)
     tokens[1, 6:] = 0
     kinds = rng.integers(2, size=(3, 10)).astype(np.int32)
-    found = np.asarray(model(jnp.asarray(tokens), jnp.asarray(kinds)))
+    found = np.asarray(run(model, tokens, kinds))
     for row, expected in zip(found, forward(tensors, SMALL, tokens, kinds), strict=True):
         # Random weights make large scores, which the softmax turns into relative errors.
         atol = 1000 * epsilon(np.float32) * np.abs(expected).max()

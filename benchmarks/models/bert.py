@@ -181,19 +181,18 @@ def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
     """Gives a model the weights of a checkpoint.
 
     Args:
-      model: of the checkpoint's sizes; its parameters are replaced.
+      model: of the checkpoint's sizes; its parameters are replaced, and need only have shapes.
       tensors: by the names that PyTorch's modules have in Hugging Face's transformers.
 
     Raises:
       ValueError: a tensor is missing, has another shape or dtype, or has no place in the model; the
         model is as it was.
     """
-    state = nnx.state(model, nnx.Param)
     left = set(tensors) - set(UNUSED)
-    left -= {f"{_stem(('blocks', i, 'key'))}.bias" for i in range(model.config.depth)}
+    left -= {f"{_stem(('blocks', str(i), 'key'))}.bias" for i in range(model.config.depth)}
     values = []
-    for path, parameter in nnx.to_flat_state(state):
-        *module, leaf = path
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *module, leaf = map(str, path)
         name = f"{_stem(module)}.{LEAVES[leaf]}"
         # PyTorch's matrices multiply from the left.
         shape = parameter.shape[::-1] if leaf == "kernel" else parameter.shape
@@ -209,22 +208,21 @@ def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
                 f"restore: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, expected "
                 f"{wanted}. Make the model from the checkpoint's own config.json."
             )
-        values.append((parameter, tensor.T if leaf == "kernel" else tensor))
+        values.append((path, parameter, tensor.T if leaf == "kernel" else tensor))
         left.discard(name)
     if left:
         raise ValueError(
             f"restore: tensor {min(left)!r} has no place in the model, nor have {len(left) - 1} "
             "others. Make the model from the checkpoint's own config.json."
         )
-    for parameter, value in values:
-        parameter[...] = jnp.asarray(value)
-    nnx.update(model, state)
+    restored = [(path, parameter.replace(jnp.asarray(x))) for path, parameter, x in values]
+    nnx.update(model, nnx.from_flat_state(restored))
 
 
-def _stem(module: Iterable[str | int]) -> str:
+def _stem(module: Iterable[str]) -> str:
     """The checkpoint's name for the module at a path."""
     first, *rest = module
     if not rest:
-        return STEM[str(first)]
+        return STEM[first]
     index, part = rest
-    return f"encoder.layer.{index}.{BLOCK[str(part)]}"
+    return f"encoder.layer.{index}.{BLOCK[part]}"
