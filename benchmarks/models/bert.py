@@ -190,7 +190,7 @@ def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
     """
     left = set(tensors) - set(UNUSED)
     left -= {f"{_stem(('blocks', str(i), 'key'))}.bias" for i in range(model.config.depth)}
-    values = []
+    restored = []
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, leaf = map(str, path)
         name = f"{_stem(module)}.{LEAVES[leaf]}"
@@ -208,14 +208,14 @@ def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
                 f"restore: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, expected "
                 f"{wanted}. Make the model from the checkpoint's own config.json."
             )
-        values.append((path, parameter, tensor.T if leaf == "kernel" else tensor))
+        value = jnp.asarray(tensor.T if leaf == "kernel" else tensor)
+        restored.append((path, parameter.replace(value)))
         left.discard(name)
     if left:
         raise ValueError(
             f"restore: tensor {min(left)!r} has no place in the model, nor have {len(left) - 1} "
             "others. Make the model from the checkpoint's own config.json."
         )
-    restored = [(path, parameter.replace(jnp.asarray(x))) for path, parameter, x in values]
     nnx.update(model, nnx.from_flat_state(restored))
 
 
