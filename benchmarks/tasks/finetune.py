@@ -12,9 +12,11 @@ from benchmarks.tasks import Task
 
 __all__ = ["examples", "load"]
 
+# Of a pair: three quarters of them are longer.
 LENGTH = 96
 # Of six blocks. With the others and the embeddings frozen, a step takes half the time.
 TRAINED = 2
+# Of each split; a standard error of three points. All of them would take longer than to train.
 EVALUATED = 256
 
 
@@ -37,13 +39,17 @@ def load() -> Task:
         examples(),
         _model,
         tokens=LENGTH,
-        target=68.0,
-        steps=100,
-        sweep=100,
+        # Two points more than always yes has of the validation examples that are evaluated.
+        target=66.5,
+        steps=150,
+        sweep=50,
         batch_size=16,
         evaluated=EVALUATED,
         evaluations=4,
-        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.0001, "unit_scale": 0.003},
+        # The best of three half-decades each, at 25 steps and one seed, by the loss of the last 15
+        # batches, which were new to the model; those next to each other are within the noise, and
+        # unit_scale's is at the edge.
+        learning_rates={"sgd": 0.03, "clip": 0.01, "adamw": 0.0001, "unit_scale": 0.001},
     )
 
 
