@@ -24,7 +24,6 @@ from benchmarks.tasks import Task
 __all__ = ["Config", "Log", "describe", "train"]
 
 Entry = dict[str, Any]
-EVALUATIONS = 20
 SPLITS = ("train", "validation", "test")
 
 
@@ -110,7 +109,7 @@ def train(
     Args:
       config: the run.
       task: its task.
-      log: receives the run, every step, twenty evaluations, the result on all splits, and a
+      log: receives the run, every step, the task's evaluations, the result on all splits, and a
         sample; a picture of it lies beside the log.
       checkpoints: the folder of this run's checkpoints, made where missing.
       every: steps between checkpoints; the last step is always kept.
@@ -125,7 +124,8 @@ def train(
     state = layout.place(state)
     rows = layout.rows(config.batch_size)
     step_function = _compile(graph, task, layout, state)
-    evaluate_at = {max(1, config.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    parts = range(1, task.evaluations + 1)
+    evaluate_at = {max(1, config.steps * i // task.evaluations) for i in parts}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         done = manager.latest_step() or 0

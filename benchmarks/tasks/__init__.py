@@ -43,6 +43,7 @@ class Task:
         for a fixed part of the training data, about as large as the validation split.
       sample: what the model makes of unseen inputs, as text, from a seed.
       draw: the same as a picture, where people would rather look.
+      evaluations: how often a run computes the metric on its way, at the end too.
     """
 
     metric: str
@@ -61,6 +62,7 @@ class Task:
     evaluate: Callable[[Any, str], float]
     sample: Callable[[Any, int], str]
     draw: Callable[[Any, int], Figure] | None = None
+    evaluations: int = 20
 
     def better(self, value: float, other: float) -> bool:
         """Whether one value of the metric is at least as good as another; no NaN is."""

