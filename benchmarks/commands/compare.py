@@ -35,6 +35,8 @@ PRESETS = {
     "accelerator": search.Plan(rates=9, seeds=5, length=10.0, batch_size=4),
 }
 
+# All but a run that takes minutes each time.
+SWEPT = tuple(name for name in TASKS if name != "finetune")
 # What a sweep that goes on must have in common with its beginning.
 FIXED = ("data_sha256", "steps", "batch_size", "plan", "target")
 
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         choices=TASKS,
-        help="a task to compare on; repeat it for several (default: all)",
+        help="a task to compare on; repeat it for several (default: all but finetune)",
     )
     add(
         "--optimizer",
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Runs what is missing, writes, prints; returns the exit status."""
     mpl.use("Agg")
-    names = list(dict.fromkeys(options.task or TASKS))
+    names = list(dict.fromkeys(options.task or SWEPT))
     contenders = list(dict.fromkeys(options.optimizer or COMPARED))
     plan = PRESETS[options.preset]
     out = runs.folder(parser, options, "compare", ("*.jsonl",))
