@@ -77,16 +77,6 @@ def test_a_run_logs_every_step_of_every_optimizer_and_its_origin(finished):
     assert steps_of(finished, "unit_scale")[0]["loss"] == steps_of(finished, "sgd")[0]["loss"]
 
 
-def test_the_same_seed_gives_the_same_losses(finished, tmp_path):
-    # In a process of its own, as the first: these tests run on eight virtual devices.
-    process = start(tmp_path)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
-    runs = ([e["loss"] for e in steps_of(out, "unit_scale")] for out in (finished, tmp_path))
-    first, again = runs
-    assert again == first
-
-
 def test_a_run_that_diverges_is_logged_and_shown_as_such(tmp_path, capsys):
     options = ["--steps", "4", "--batch-size", "2", "--learning-rate", "1e30"]
     assert main(["train", *options, "--optimizer", "sgd", "--out", str(tmp_path)]) == 0
