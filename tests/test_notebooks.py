@@ -66,7 +66,7 @@ def check_cell(n: int, old: Sequence[tuple[str, Any]], new: Sequence[tuple[str, 
 
 
 def shown(cell: Any) -> list[tuple[str, Any]]:
-    """What a code cell shows: ("stdout", text), ("text/plain", text), ("image/png", data), …"""
+    """What a code cell shows, each with its kind: stdout, stderr, text/plain, image/png, error."""
     outputs = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -113,9 +113,10 @@ def thumbnail(data: str) -> np.ndarray:
     """The mean grey of each square of a PNG."""
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         # Whatever was transparent is white.
-        opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        grey = opaque.convert("L").resize((SQUARES, SQUARES), Image.Resampling.BOX)
-    return np.asarray(grey, np.float64)
+        white = Image.new("RGBA", image.size, "white")
+        grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
+        squares = grey.resize((SQUARES, SQUARES), Image.Resampling.BOX)
+    return np.asarray(squares, np.float64)
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
