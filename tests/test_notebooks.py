@@ -20,9 +20,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d+\.\d*|\.\d+|\d+)(?:e[+-]?\d+)?")
-# A picture is compared as so many grey squares a side, each from 0 to 255, of which a few may
-# differ: fonts and line widths are Matplotlib's affair, curves and bars are not.
-SQUARES, GREY, FEW = 24, 32, 0.03
+# A picture is compared as so many squares a side, by the darkest grey in each, from 0 to 255. A few
+# may differ: fonts and widths are Matplotlib's affair; where curves and bars are is not.
+SQUARES, PIXELS, GREY, FEW = 24, 16, 64, 0.06
 
 
 def read(file: pathlib.Path) -> Any:
@@ -110,13 +110,14 @@ def similar(old: str, new: str) -> bool:
 
 
 def thumbnail(data: str) -> np.ndarray:
-    """The mean grey of each square of a PNG."""
+    """The darkest grey in each square of a PNG."""
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         # Whatever was transparent is white.
         white = Image.new("RGBA", image.size, "white")
         grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
-        squares = grey.resize((SQUARES, SQUARES), Image.Resampling.BOX)
-    return np.asarray(squares, np.float64)
+        side = SQUARES * PIXELS
+        pixels = np.asarray(grey.resize((side, side), Image.Resampling.BOX), np.float64)
+    return pixels.reshape(SQUARES, PIXELS, SQUARES, PIXELS).min(axis=(1, 3))
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
