@@ -1,5 +1,6 @@
 """The command line: `python -m benchmarks --help`."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, summary in COMMANDS.items():
             module = importlib.import_module(f"benchmarks.commands.{name}")
             subparser = commands.add_parser(
-                name, help=summary, description=module.__doc__, allow_abbrev=False
+                name,
+                help=summary,
+                description=module.__doc__,
+                epilog=getattr(module, "EPILOG", None),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
             )
             module.add_arguments(subparser)
             subparser.set_defaults(parser=subparser, run=module.run)

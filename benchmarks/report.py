@@ -116,6 +116,7 @@ def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> N
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.suptitle(_title(log, names))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -143,8 +144,14 @@ def plot_gradient_norms(log: Log, names: list[str], path: pathlib.Path) -> None:
         panel.images[0].set_clim(limits.min(), limits.max())
     label = "l2 norm of the gradient"
     figure.colorbar(panels[0].images[0], ax=axes, extend="both", label=label)
+    figure.suptitle(_title(log, names))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _title(log: Log, names: list[str]) -> str:
+    run = log.of("run", names[0])[0]
+    return f"{run['task']}, {run['steps']} steps, seed {run['seed']}"
 
 
 def _spread(log: Log, name: str) -> tuple[float, float]:

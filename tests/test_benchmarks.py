@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import data, training
+from benchmarks import data, tasks, training
 from benchmarks.__main__ import main
 from benchmarks.optimizers import SHOWN
 from benchmarks.sharding import Layout
@@ -176,6 +176,9 @@ def test_help_explains_every_option(capsys):
         assert f"--{option}" in text
     for name in (*SHOWN, "--checkpoint-every", "--resume", data.FOLDER_VARIABLE):
         assert name in text
+    for name in tasks.TASKS:
+        assert tasks.summary(name) in text
+        assert len(tasks.summary(name)) > 20
 
 
 def stop_after(process: subprocess.Popen[str], path: pathlib.Path, how: int) -> str:

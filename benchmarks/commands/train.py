@@ -14,9 +14,12 @@ from benchmarks import data, interrupt, processes, report, runs, training
 from benchmarks.arguments import Parser, positive_number, whole_number
 from benchmarks.optimizers import CONTENDERS, SHOWN
 from benchmarks.sharding import Layout
-from benchmarks.tasks import TASKS, Task, load
+from benchmarks.tasks import TASKS, Task, load, summary
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["EPILOG", "add_arguments", "run"]
+
+# What --help ends with.
+EPILOG = "tasks:\n" + "\n".join(f"  {name:<22}{summary(name)}" for name in TASKS)
 
 # jax.random.key ignores the bits above.
 LARGEST_SEED = 2**32 - 1

@@ -1,7 +1,9 @@
 """What a task provides, and the tasks by name. A new task is one new file in this folder."""
 
+import ast
 import dataclasses
 import importlib
+import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-__all__ = ["TASKS", "Rows", "Task", "load", "printable"]
+__all__ = ["TASKS", "Rows", "Task", "load", "printable", "summary"]
 
 Batch = Any
 Rows = slice | np.ndarray
@@ -72,6 +74,12 @@ class Task:
 def printable(text: str) -> str:
     """The text without what a terminal would obey, which an untrained model may write."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def summary(name: str) -> str:
+    """The first line of what a task's file says of it, without importing it."""
+    text = (pathlib.Path(__path__[0]) / f"{name}.py").read_text()
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
 def load(name: str) -> Task:
