@@ -68,9 +68,10 @@ def watched(line: str) -> Iterator[None]:
 def end(line: str) -> NoReturn:
     """Ends the process at once: JAX's own end would wait for those that died."""
     with _ending:
+        # A progress bar may stand on the last line. The watchers are told afterwards, for a thread
+        # of JAX's may end the process at any moment.
+        os.write(sys.stderr.fileno(), f"\n{line}".encode())
         for watcher in _watchers:
             if watcher.stdin:
                 os.write(watcher.stdin.fileno(), b"done")
-        # A progress bar may stand on the last line.
-        os.write(sys.stderr.fileno(), f"\n{line}".encode())
         os._exit(1)

@@ -110,16 +110,16 @@ def joined(
     advice = f"See {log}; start all of them again with --resume to go on from the last checkpoint."
     crash.catch_abort(f"{parser.prog}: JAX ended this process, for another one died. {advice}\n")
     silent = f"{parser.prog}: this process was killed, or JAX ended it, for another one died."
-    try:
-        with crash.watched(f"{silent} {advice}\n"):
+    with crash.watched(f"{silent} {advice}\n"):
+        try:
             _connect(parser, options)
             mesh = _make_mesh(parser, options, batch_size)
             _check_same(mesh, zlib.crc32(repr(same).encode()))
             yield mesh
-    except Exception as error:
-        traceback.print_exc(file=sys.__stderr__)
-        reason = " ".join(str(error).split())[:200]
-        crash.end(f"{parser.prog}: this process cannot go on: {reason}. {advice}\n")
+        except Exception as error:
+            traceback.print_exc(file=sys.__stderr__)
+            reason = " ".join(str(error).split())[:200]
+            crash.end(f"{parser.prog}: this process cannot go on: {reason}. {advice}\n")
 
 
 def is_first() -> bool:
