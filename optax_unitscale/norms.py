@@ -13,7 +13,7 @@ from optax_unitscale import mesh
 from optax_unitscale.groups import Group
 from optax_unitscale.leaves import accumulator, complex_of, real_parts, with_mesh_axes
 from optax_unitscale.sums import RANGES, SafeSum, sums_at_every_scale, sums_with_rescue
-from optax_unitscale.wide import wide_norms
+from optax_unitscale.wide import column_norms, is_columns, wide_norms
 
 __all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
 
@@ -29,7 +29,7 @@ class ScaledNorm(NamedTuple):
 
 
 class Divisor(NamedTuple):
-    """A norm to divide by: `value / factor`, and `inverse`, 1 / value; 1 and 0 for 0.
+    """A norm to divide by: `value / factor`, and `inverse`, 1 / value, finite; 1 and 0 for 0.
 
     On the way to `inverse` and `factor` stands one number, made by a division after all other
     arithmetic, so that XLA's loop over a leaf waits for that number only; a loop that waits for
@@ -66,11 +66,11 @@ def group_norms(
 
     @jax.custom_jvp
     def values(leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
-        return lax.platform_dependent(
-            leaves,
-            cpu=functools.partial(_on_cpu, norm, groups),
-            default=functools.partial(_elsewhere, norm, groups),
-        )
+        ways = {"cpu": _on_cpu, "default": _elsewhere}
+        if any(_through_double(group, leaves) for group in groups):
+            ways |= {"cuda": _on_gpu, "rocm": _on_gpu}
+        ways = {name: functools.partial(way, norm, groups) for name, way in ways.items()}
+        return lax.platform_dependent(leaves, **ways)
 
     @values.defjvp
     def _(primals, tangents):
@@ -89,7 +89,9 @@ def divisor(by: ScaledNorm) -> Divisor:
     is_zero = lax.eq(by.value, zero)
     value = lax.select(is_zero, one, by.value)
     sign = lax.select(lax.lt(by.factor, one), lax.neg(one), one)
-    signed = lax.div(lax.select(is_zero, zero, sign), value)
+    # Subnormal numbers, where the platform has them, have a reciprocal that is infinite.
+    least = lax.full_like(value, jnp.finfo(value.dtype).tiny)
+    signed = lax.div(lax.select(is_zero, zero, sign), lax.max(value, least))
     factor = lax.select(lax.lt(signed, zero), lax.full_like(one, _HUGE_FACTOR), one)
     return Divisor(value, factor, lax.abs(signed))
 
@@ -141,6 +143,21 @@ def _on_cpu(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> 
     double = iter(sums_with_rescue(norm, doubles, leaves))
     single = iter(wide_norms(norm, singles, leaves))
     return [_finish(norm, next(double)) if d else _narrow(next(single)) for d in is_double]
+
+
+def _on_gpu(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
+    wide = [_through_double(group, leaves) for group in groups]
+    columns = [group for group, is_wide in zip(groups, wide, strict=True) if is_wide]
+    others = [group for group, is_wide in zip(groups, wide, strict=True) if not is_wide]
+    double = map(_narrow, column_norms(norm, columns, leaves))
+    single = iter(_elsewhere(norm, others, leaves))
+    return [next(double) if is_wide else next(single) for is_wide in wide]
+
+
+def _through_double(group: Group, leaves: Sequence[jax.Array]) -> bool:
+    """Whether a group's norm is taken in float64 on GPU."""
+    is_double = accumulator(group, leaves) == np.float64
+    return not is_double and any(is_columns(leaves[m.leaf], m.axes) for m in group.members)
 
 
 @functools.partial(jax.jit, static_argnames="norm")

@@ -25,6 +25,7 @@ __all__ = [
     "SafeSum",
     "kind_of",
     "partials",
+    "sum_of",
     "sums_at_every_scale",
     "sums_with_rescue",
 ]
@@ -74,7 +75,6 @@ def sums_at_every_scale(
     Returns:
       One `SafeSum` a group, in float32, or float64 where the group holds a float64 leaf.
     """
-    leaves = _hide_columns(groups, leaves)
     ranges = [RANGES[accumulator(group, leaves)] for group in groups]
     choices = [(safe.up, 1.0, safe.down) if norm == "l2" else (1.0, safe.down) for safe in ranges]
     taken = []
@@ -154,11 +154,11 @@ def _partials(
             # Of a leaf that is a number times something XLA would else multiply the two numbers
             # first, which leaves the range; it does not look behind a magnitude.
             parts = [lax.mul(lax.abs(part), lax.full_like(part, scale)) for part in parts]
-            if norm == "l2" and not _is_columns(x, axes):
+            if norm == "l2":
                 # Of a leaf that XLA knows it would square the scale first, to the same end.
                 bound = float(jnp.finfo(dtype).max)
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
-        sums.append(_sum(norm, parts, axes))
+        sums.append(sum_of(norm, parts, axes))
     return sums
 
 
@@ -183,13 +183,9 @@ def _partial(
     scaled = parts
     if scale is not None:
         scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
-    if norm != "linf":
-        return _sum(norm, scaled, axes)
-    # `mesh.largest` would write its integers to memory here. This may lose a NaN, and a sum does
-    # not: of what is not scaled, which would be held for both.
-    largest = lax.reduce_max(lax.abs(complex_of(scaled)), axes)
-    other = _sum("l2", _read(x, dtype)[1], axes)
-    return lax.select(lax.ne(other, other), other, largest)
+    # `mesh.largest` would write its integers to memory here.
+    other = _read(x, dtype)[1] if norm == "linf" else ()
+    return sum_of(norm, scaled, axes, other)
 
 
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
@@ -201,35 +197,39 @@ def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
     return hidden, real_parts(hidden, dtype)
 
 
-def _sum(norm: str, parts: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+def sum_of(
+    norm: str,
+    parts: Sequence[jax.Array],
+    axes: tuple[int, ...],
+    others: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """The plain sum that a norm is made from; where it overflows, it does.
+
+    Args:
+      norm: "l2" for squares, "l1" for absolute values, "linf" for the maximum.
+      parts: the real parts of an array.
+      axes: those of it to sum over.
+      others: for "linf": XLA's maximum, which is fast but may lose a NaN, is taken together with a
+        sum over these, which does not.
+
+    Returns:
+      An array of the other axes.
+    """
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
         return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
     magnitudes = lax.abs(complex_of(parts))
-    return mesh.largest(magnitudes, axes) if norm == "linf" else lax.reduce_sum(magnitudes, axes)
+    if norm == "l1":
+        return lax.reduce_sum(magnitudes, axes)
+    if not others:
+        return mesh.largest(magnitudes, axes)
+    total = sum_of("l2", others, axes)
+    return lax.select(lax.ne(total, total), total, lax.reduce_max(magnitudes, axes))
 
 
 def kind_of(norm: str) -> Literal["sum", "max"]:
     """How `mesh.combine` combines what leaves have of a norm's sum."""
     return "max" if norm == "linf" else "sum"
-
-
-def _hide_columns(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Puts leaves whose last axis is kept behind a barrier.
-
-    It does what the bound in `_partials` does, which in a sum over rows makes XLA:GPU write the
-    squares to memory. Elsewhere the bound is better, for a barrier keeps what computes the leaf
-    out of the reduction.
-    """
-    hidden = list(leaves)
-    for member in (member for group in groups for member in group.members):
-        if _is_columns(hidden[member.leaf], member.axes):
-            hidden[member.leaf] = lax.optimization_barrier(hidden[member.leaf])
-    return hidden
-
-
-def _is_columns(x: jax.Array, axes: tuple[int, ...]) -> bool:
-    return x.shape != (1,) * x.ndim and x.ndim - 1 not in axes
 
 
 def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:

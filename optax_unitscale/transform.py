@@ -72,9 +72,10 @@ def unit_scale(
     Numerics:
       Sums are accumulated in float32, or float64 for float64 and complex128, at a power-of-two
       scale where squares would overflow or be lost; on CPU, those of leaves of at most 2048
-      elements in float64, which needs no scale. There is no epsilon. The norm of the result is
-      1 within a few units of the leaf's precision for every element in the dtype's normal range.
-      Subnormal elements are zero where the platform flushes them, as XLA does on CPU. A power of
+      elements, and on GPU those over rows, in float64, which needs no scale. There is no epsilon.
+      The norm of the result is 1 within a few units of the leaf's precision for every element in
+      the dtype's normal range. Subnormal elements are zero where the platform flushes them, as XLA
+      does on CPU; elsewhere a norm below the smallest normal number is taken as that. A power of
       two times a gradient gives the same update: bit for bit while no square leaves the normal
       range, else to within 3 units of precision. A group of zeros stays zero; one with NaN or an
       infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it. The derivative is

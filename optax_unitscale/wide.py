@@ -1,22 +1,23 @@
-"""On CPU small leaves go through float64, which holds every square of a narrower dtype.
+"""Norms in float64, which holds every square of a narrower dtype.
 
-There a branch for what leaves the range costs more than the wider numbers do, to run and, where
-leaves are many, to compile.
+On CPU small leaves go through it: there a branch for what leaves the range costs more than the
+wider numbers do, to run and, where leaves are many, to compile. On GPU sums over rows do.
 """
 
 import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.leaves import complex_of, real_parts, root
-from optax_unitscale.sums import kind_of, partials, sums_with_rescue
+from optax_unitscale.leaves import complex_of, real_parts, root, with_mesh_axes
+from optax_unitscale.sums import kind_of, partials, sum_of, sums_with_rescue
 
-__all__ = ["divide_small", "is_small", "wide_norms"]
+__all__ = ["column_norms", "divide_small", "is_columns", "is_small", "wide_norms"]
 
 # Elements. From about here on XLA:CPU adds float32 up with a library that is slow in float64.
 SMALL = 2048
@@ -51,6 +52,37 @@ def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
                 pairs.append((lax.div(total, scale), ()))
         totals = mesh.combine(taken, kind_of(norm))
         return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
+
+
+def is_columns(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether a sum over `axes` keeps the last axis and so adds rows to each other."""
+    return x.ndim > 0 and x.ndim - 1 not in axes
+
+
+def column_norms(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The same on GPU, where leaves are added over their rows.
+
+    Of the three sums over rows that float32 needs, XLA:GPU takes no more than two in one pass.
+
+    Args and Returns: as `wide_norms`.
+    """
+    with jax.enable_x64(True):
+        taken = []
+        for group in groups:
+            sums = [_column_sum(norm, leaves[m.leaf], m.axes) for m in group.members]
+            taken.append(with_mesh_axes(group, sums))
+        totals = mesh.combine(taken, kind_of(norm))
+        return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
+
+
+def _column_sum(norm: str, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    # float32 holds all squares of float16 and, but for complex numbers, all maxima; in float64
+    # XLA:GPU would not take a maximum and the sum that goes with it in one pass.
+    is_narrow = x.dtype == np.float16 or (norm == "linf" and not jnp.iscomplexobj(x))
+    parts = real_parts(x, np.dtype(np.float32 if is_narrow else np.float64))
+    return lax.convert_element_type(sum_of(norm, parts, axes, parts), np.float64)
 
 
 def divide_small(

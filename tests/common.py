@@ -22,10 +22,10 @@ def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
 
 
-def as_for_gpu(function: Callable[[Any], Any], example: Any) -> Any:
-    """The program that JAX makes for GPU, and alike for TPU, to be run on CPU."""
+def as_for_gpu(function: Callable[[Any], Any], example: Any, platform: str = "cuda") -> Any:
+    """The program that JAX makes for GPU, or "tpu", to be run on CPU."""
     checks = [export.DisabledSafetyCheck.platform()]
-    made = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(example)
+    made = export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(example)
     return jax.jit(made.call)
 
 
