@@ -14,13 +14,23 @@ from flax import nnx
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from benchmarks import data
-from benchmarks.models.gpt import GPT, complete
-from benchmarks.tasks import Rows, printable
+from benchmarks.models.gpt import GPT, GPTConfig, complete
+from benchmarks.tasks import Rows, Task, printable
 
-__all__ = ["PAD", "Examples", "Pair", "Pairs", "evaluation_loss", "learn_tokenizer", "loss"]
+__all__ = [
+    "PAD",
+    "Examples",
+    "Pair",
+    "Pairs",
+    "evaluation_loss",
+    "learn_tokenizer",
+    "loss",
+    "make_task",
+]
 
 Pair = tuple[str, str]
 PAD, SEPARATOR, END = range(3)
+VOCABULARY = 2000
 SHOWN = 200
 SPECIAL = ["<pad>", "<separator>", "<end>"]
 
@@ -58,6 +68,7 @@ class Pairs:
 
     Attributes:
       splits: the pairs of each split, as text.
+      vocabulary: how many different tokens.
       evaluated: how many of each split `first` takes.
       examples: the pairs of each split, as tokens.
     """
@@ -66,7 +77,7 @@ class Pairs:
         self,
         splits: Mapping[str, Sequence[Pair]],
         *,
-        vocabulary: int,
+        vocabulary: int = VOCABULARY,
         prompt: int,
         completion: int,
         evaluated: int,
@@ -81,6 +92,7 @@ class Pairs:
           evaluated: how many pairs of a split to compute a metric on.
         """
         self.splits = splits
+        self.vocabulary = vocabulary
         self.evaluated = evaluated
         self._lengths = prompt, completion
         texts = [text for pair in splits["train"] for text in pair]
@@ -160,6 +172,23 @@ def loss(model: GPT, examples: Examples) -> jax.Array:
 
 
 evaluation_loss = nnx.jit(loss)
+
+
+def make_task(pairs: Pairs, **fields: Any) -> Task:
+    """The task of completing `pairs`, with a small GPT; `fields` are what tasks do not share."""
+    config = GPTConfig(pairs.vocabulary, pairs.context, depth=2, heads=4, width=128)
+    return Task(
+        fingerprint=pairs.fingerprint,
+        steps=600,
+        sweep=600,
+        batch_size=16,
+        tokens=pairs.context,
+        unit="tokens",
+        model=lambda seed: GPT(config, nnx.Rngs(seed)),
+        batch=pairs.batch,
+        loss=loss,
+        **fields,
+    )
 
 
 def _until_end(row: np.ndarray) -> list[int]:

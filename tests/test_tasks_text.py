@@ -139,7 +139,7 @@ def indifferent(task: Task) -> nnx.Module:
 def test_the_perplexity_of_an_indifferent_model_is_the_size_of_the_vocabulary():
     task = load_task("dialogue")
     perplexity = task.evaluate(indifferent(task), "validation")
-    assert perplexity == pytest.approx(dialogue.VOCABULARY, rel=1e-4)
+    assert perplexity == pytest.approx(dialogue.pairs().vocabulary, rel=1e-4)
 
 
 def test_a_model_that_answers_every_question_alike_has_the_share_of_that_answer():

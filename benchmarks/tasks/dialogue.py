@@ -5,11 +5,10 @@ import itertools
 import json
 
 import jax.numpy as jnp
-from flax import nnx
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, evaluation_loss, loss
-from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.completion import Pair, Pairs, evaluation_loss, make_task
+from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
 
 __all__ = ["load", "pairs", "splits"]
@@ -19,7 +18,6 @@ PACKAGE = (
     "0.9.0",
     "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
 )
-VOCABULARY = 2000
 LONGEST = 60
 SHOWN = 6
 
@@ -47,29 +45,19 @@ def _read(turns: list[list[dict[str, str]]]) -> list[Pair]:
 @functools.cache
 def pairs() -> Pairs:
     """The turns as tokens."""
-    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=20, evaluated=128)
+    return Pairs(splits(), prompt=20, completion=20, evaluated=128)
 
 
 def load() -> Task:
     """Reads the conversations."""
-    read = pairs()
-    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
-    return Task(
+    return make_task(
+        pairs(),
         metric="perplexity of a reply's tokens",
         higher_is_better=False,
         # What AdamW reached in a pilot of half the steps.
         target=340.0,
-        fingerprint=read.fingerprint,
-        steps=600,
-        sweep=600,
-        batch_size=16,
-        tokens=read.context,
-        unit="tokens",
         # The best of three or four half-decades each, none at an edge: half the steps, one seed.
         learning_rates={"sgd": 0.3, "clip": 0.3, "adamw": 0.003, "unit_scale": 0.1},
-        model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=read.batch,
-        loss=loss,
         evaluate=_evaluate,
         sample=_sample,
     )

@@ -8,12 +8,11 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 
-from flax import nnx
 from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, loss
-from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.completion import Pair, Pairs, make_task
+from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
 
 __all__ = ["load", "pairs", "score", "splits"]
@@ -25,7 +24,6 @@ PACKAGES = [
     ("networkx", "3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762"),
     ("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
 ]
-VOCABULARY = 2000
 SHOWN = 4
 READ = 120
 
@@ -77,30 +75,20 @@ def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:
 @functools.cache
 def pairs() -> Pairs:
     """The docstrings as tokens."""
-    return Pairs(splits(), vocabulary=VOCABULARY, prompt=20, completion=14, evaluated=128)
+    return Pairs(splits(), prompt=20, completion=14, evaluated=128)
 
 
 def load() -> Task:
     """Reads the docstrings."""
-    read = pairs()
-    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
-    return Task(
+    return make_task(
+        pairs(),
         metric="ROUGE-L",
         higher_is_better=True,
         # What AdamW reached in a pilot of half the steps.
         target=12.0,
-        fingerprint=read.fingerprint,
-        steps=600,
-        sweep=600,
-        batch_size=16,
-        tokens=read.context,
-        unit="tokens",
         # The lowest training loss of three half-decades each, sgd at an edge, at half the steps,
         # one seed, and longer prompts: ROUGE-L of 64 summaries could not tell them apart.
         learning_rates={"sgd": 0.3, "clip": 0.3, "adamw": 0.003, "unit_scale": 0.03},
-        model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=read.batch,
-        loss=loss,
         evaluate=_evaluate,
         sample=_sample,
     )

@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 
 import sacrebleu
-from flax import nnx
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, loss
-from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.completion import Pair, Pairs, make_task
+from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
 
 __all__ = ["load", "pairs", "score", "splits"]
@@ -29,7 +28,6 @@ PACKAGES = [
         "7bdf018c9f3f0a32c80677f84e7777272d9c833b180bd6734314c4831c802a9e",
     ),
 ]
-VOCABULARY = 2000
 SHOWN = 4
 
 
@@ -64,29 +62,19 @@ def _saying(pair: Pair) -> str:
 @functools.cache
 def pairs() -> Pairs:
     """The messages as tokens."""
-    return Pairs(splits(), vocabulary=VOCABULARY, prompt=18, completion=22, evaluated=128)
+    return Pairs(splits(), prompt=18, completion=22, evaluated=128)
 
 
 def load() -> Task:
     """Reads the catalogs."""
-    read = pairs()
-    config = GPTConfig(VOCABULARY, read.context, depth=2, heads=4, width=128)
-    return Task(
+    return make_task(
+        pairs(),
         metric="chrF",
         higher_is_better=True,
         # What AdamW reached in a pilot of half the steps.
         target=15.0,
-        fingerprint=read.fingerprint,
-        steps=600,
-        sweep=600,
-        batch_size=16,
-        tokens=read.context,
-        unit="tokens",
         # The best of three or four half-decades each, none at an edge: half the steps, one seed.
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
-        model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=read.batch,
-        loss=loss,
         evaluate=_evaluate,
         sample=_sample,
     )
