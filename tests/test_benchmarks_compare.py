@@ -10,13 +10,14 @@ import sys
 import time
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from benchmarks import __main__, tasks
 from benchmarks.commands.compare import PRESETS
-from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep import jobs, search
+from benchmarks.optimizers import COMPARED, CONTENDERS
+from benchmarks.sweep import jobs, search, verdicts
 from benchmarks.sweep.search import Plan, half_decade, next_index, tune
 from benchmarks.sweep.summary import standings
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
@@ -116,6 +117,60 @@ def test_where_lower_is_better_the_least_is_first(task):
     assert (first.optimizer, first.near, second.near) == ("clip", 1.0, 0.0)
 
 
+def result(higher_is_better=True, **tests):
+    """What `compare.json` holds of a task whose seeds ended at `tests`."""
+    places = [
+        {"optimizer": name, "test": test, "near": 0.5, "mean": test and sum(test) / len(test)}
+        for name, test in tests.items()
+    ]
+    return {
+        "metric": "points",
+        "higher_is_better": higher_is_better,
+        "target": 2.0,
+        "standings": places,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "outcome"),
+    [([3, 4], [1, 2], "better"), ([1, 2], [3, 4], "worse"), ([1, 3], [2, 4], "level")],
+)
+def test_the_verdict_is_level_where_seeds_overlap(ours, other, outcome):
+    numbers = {"unit_scale": ours, "unit_scale_rms": [0, 0], "lion": other, "sgd": [0, 1]}
+    verdict = verdicts.judge(result(**numbers))
+    assert verdict is not None
+    assert (verdict.ours["test"], verdict.other["test"], verdict.outcome) == (ours, other, outcome)
+    lower = {name: [-value for value in values] for name, values in numbers.items()}
+    verdict = verdicts.judge(result(higher_is_better=False, **lower))
+    assert verdict is not None
+    assert verdict.outcome == outcome
+
+
+def test_there_is_no_verdict_without_seeds_on_both_sides():
+    assert verdicts.judge(result(unit_scale=[1.0], sgd=None)) is None
+    assert verdicts.judge(result(sgd=[1.0])) is None
+
+
+def test_the_table_has_a_row_for_each_verdict():
+    task = result(unit_scale=[3.0, 4.0], adamw=[1.0, 2.0], sgd=[0.5, 1.0], clip=None)
+    _, _, row = verdicts.table({"a_task": task, "another": result()}).splitlines()
+    assert row == (
+        "| a task | points, higher is better | `unit_scale` 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) "
+        "| better | 0.75 (0.5 to 1) | diverged | 0.5, 0.5, 0.5 |"
+    )
+
+
+def test_the_picture_has_a_panel_for_each_task_and_a_mean_for_each_optimizer():
+    figure = verdicts.plot_tasks({"a_task": result(unit_scale=[3.0, 5.0], adamw=[1.0], lion=None)})
+    first, *others = figure.axes
+    assert first.get_title() == "a task"
+    dots = [line.get_xydata().tolist() for line in first.lines if line.get_marker() == "o"]
+    rows = [COMPARED.index(name) for name in ("unit_scale", "adamw")]
+    assert dots == [[[4.0, rows[0]]], [[1.0, rows[1]]]]
+    assert not any(panel.axison for panel in others)
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("losses", "diverged"),
     [([2.0, 1.0, 4.0], False), ([2.0, 1.0, 4.1], True), ([2.0, None], True), ([None, None], True)],
@@ -203,9 +258,11 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path
     assert len(outcomes(whole)) == PLAN.rates + PLAN.seeds
     kept = [entry for entry in outcomes(broken) if entry in before]
     assert len(kept) == len(before)
-    standing = json.loads((broken / "compare.json").read_text())[TASK]
-    assert [place["optimizer"] for place in standing] == ["unit_scale"]
+    result = json.loads((broken / "compare.json").read_text())[TASK]
+    assert [place["optimizer"] for place in result["standings"]] == ["unit_scale"]
+    assert (result["metric"], result["steps"]) == ("accuracy [%]", 300)
     assert (broken / f"{TASK}.png").stat().st_size > 10_000
+    assert not (broken / "compare.png").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

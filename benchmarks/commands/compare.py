@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks import data, interrupt, runs
 from benchmarks.arguments import Parser
 from benchmarks.optimizers import COMPARED
-from benchmarks.sweep import search, session
+from benchmarks.sweep import search, session, verdicts
 from benchmarks.sweep.figures import plot_rates
 from benchmarks.sweep.summary import NEAR, Standing, standings
 from benchmarks.sweep.trial import Trial
@@ -95,18 +95,19 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
     with interrupt.deferred() as stop:
         session.run(console, options, search.work, todo, record, stop)
-        places = {}
+        results = {}
         for name, task in tasks.items():
             trials = session.trials(logs[name])
             if trials:
-                places[name] = standings(trials, task)
-                console.print(_table(name, task, places[name]))
-                figure = plot_rates(name, task, trials, places[name])
+                places = standings(trials, task)
+                results[name] = _result(task, plan, places)
+                console.print(_table(name, task, places))
+                figure = plot_rates(name, task, trials, places)
                 figure.savefig(out / f"{name}.png", dpi=130)
                 plt.close(figure)
                 console.print(f"wrote {out / name}.png", soft_wrap=True)
-        _write(out / "compare.json", places)
-        console.print(f"wrote {out / 'compare.json'}", soft_wrap=True)
+        for path in _write(out, results):
+            console.print(f"wrote {path}", soft_wrap=True)
     if stop.is_set():
         console.print(f"Stopped. Go on with the same options and --resume --out {out}")
         return interrupt.INTERRUPTED
@@ -165,9 +166,28 @@ def _format(value: float | None, how: str = ".4g") -> str:
     return "-" if value is None else format(value, how)
 
 
-def _write(path: pathlib.Path, places: dict[str, list[Standing]]) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content |= {name: [place._asdict() for place in own] for name, own in places.items()}
+def _result(task: Task, plan: search.Plan, places: Sequence[Standing]) -> dict[str, Any]:
+    """What `compare.json` holds of a task."""
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "target": task.target,
+        "steps": plan.steps(task),
+        "standings": [place._asdict() for place in places],
+    }
+
+
+def _write(out: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
+    """Adds results to those of other tasks, and draws all that have both sides to compare."""
+    path = out / "compare.json"
+    results = (json.loads(path.read_text()) if path.exists() else {}) | results
     whole = path.with_suffix(".new")
-    whole.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    whole.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     whole.replace(path)
+    drawn = {name: result for name, result in results.items() if verdicts.judge(result)}
+    if not drawn:
+        return [path]
+    figure = verdicts.plot_tasks(drawn)
+    figure.savefig(out / "compare.png", dpi=130)
+    plt.close(figure)
+    return [path, out / "compare.png"]
