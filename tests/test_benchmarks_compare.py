@@ -164,7 +164,7 @@ def test_the_picture_has_a_panel_for_each_task_and_a_mean_for_each_optimizer():
     figure = verdicts.plot_tasks({"a_task": result(unit_scale=[3.0, 5.0], adamw=[1.0], lion=None)})
     first, *others = figure.axes
     assert first.get_title() == "a task"
-    dots = [line.get_xydata().tolist() for line in first.lines if line.get_marker() == "o"]
+    dots = [np.array(x.get_data()).T.tolist() for x in first.lines if x.get_marker() == "o"]
     rows = [COMPARED.index(name) for name in ("unit_scale", "adamw")]
     assert dots == [[[4.0, rows[0]]], [[1.0, rows[1]]]]
     assert not any(panel.axison for panel in others)
