@@ -14,4 +14,4 @@ __all__ = [
     "scale_by_shape",
     "unit_scale",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
