@@ -67,8 +67,9 @@ def found(rows: list[dict], scope: str) -> list[str]:
 
 
 def test_a_run_writes_its_rows_and_two_figures_that_show_something(out):
-    assert sorted(path.name for path in out.iterdir()) == ["growth.png", "speed.json", "speed.png"]
-    for name in ("growth.png", "speed.png"):
+    pictures = ["growth.png", "ratios.png", "speed.png"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "speed.json"])
+    for name in pictures:
         image = matplotlib.image.imread(out / name)[..., :3]
         assert min(image.shape[:2]) > 300
         # Coloured lines, not just black axes on white.

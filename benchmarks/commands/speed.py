@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import interrupt, runs
 from benchmarks.arguments import Parser, whole_number
-from benchmarks.timing.figures import plot_growth, plot_sizes
+from benchmarks.timing.figures import plot_growth, plot_ratios, plot_sizes
 from benchmarks.timing.growth import LEAVES
 from benchmarks.timing.jobs import DTYPES, PARTS, Job, plan
 from benchmarks.timing.measurement import Row
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for speed.json, speed.png and growth.png (default: a new one under runs/)",
+        help="folder for speed.json and the figures (default: a new one under runs/)",
     )
 
 
@@ -141,6 +141,9 @@ def _plot(results: dict[str, list[Row]], out: pathlib.Path) -> list[str]:
     if sizes:
         plot_sizes(sizes, out / "speed.png")
         names.append("speed.png")
+    if results.get("transformation"):
+        plot_ratios(results["transformation"], out / "ratios.png")
+        names.append("ratios.png")
     leaves, groups = (results.get(part, []) for part in ("leaves", "groups"))
     if leaves or groups:
         plot_growth(leaves, groups, out / "growth.png")

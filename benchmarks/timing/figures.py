@@ -1,4 +1,4 @@
-"""A run in two figures: time against parameters, and what grows with leaves and groups."""
+"""A run in figures: time against parameters, ratios, and what grows with leaves and groups."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.timing.measurement import Row
 
-__all__ = ["plot_growth", "plot_sizes"]
+__all__ = ["plot_growth", "plot_ratios", "plot_sizes"]
 
 OURS: dict[str, Any] = {"linewidth": 3, "zorder": 3}
 MARKERS = "osv^DP*X"
@@ -48,6 +48,57 @@ def plot_sizes(rows: Sequence[Row], path: pathlib.Path) -> None:
         line[-1].legend(
             handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small"
         )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_ratios(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """The time of each contender over that of `unit_scale`, a column a scope.
+
+    Args:
+      rows: of the part transformation.
+      path: the file to write.
+    """
+    scopes = [x for x in ("leaf", "global") if any(row["scope"] == x for row in rows)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, panels = plt.subplots(
+        1,
+        len(scopes),
+        figsize=(6.2 * len(scopes), 3.6),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for axes, scope in zip(panels.flat, scopes, strict=True):
+        own = [row for row in rows if row["scope"] == scope]
+        ours = {(x["model"], x["dtype"]): _seconds(x) for x in own if _is_ours(x["name"])}
+        names = list(dict.fromkeys(row["name"] for row in own if not _is_ours(row["name"])))
+        for row in own:
+            if _is_ours(row["name"]):
+                continue
+            dtype, size = dtypes.index(row["dtype"]), models.index(row["model"])
+            axes.plot(
+                _seconds(row) / ours[row["model"], row["dtype"]],
+                names.index(row["name"]) + 0.24 * (dtype - (len(dtypes) - 1) / 2),
+                "o^"[dtype],
+                color=f"C{dtype}",
+                markersize=4 + 2.5 * size,
+                alpha=0.7,
+            )
+        axes.axvline(1, color="black", linewidth=1)
+        name = next(row["name"] for row in own if _is_ours(row["name"]))
+        axes.set(xscale="log", xlabel=f"time over that of {name}")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+    marks = [*((f"C{i}", "o^"[i], 6, dtype) for i, dtype in enumerate(dtypes))]
+    marks += [("grey", "o", 4 + 2.5 * i, model) for i, model in enumerate(models)]
+    for color, marker, size, label in marks:
+        panels.flat[-1].plot([], [], marker, color=color, markersize=size, label=label)
+    figure.legend(loc="outside lower center", ncols=len(marks), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
