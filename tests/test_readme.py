@@ -1,5 +1,6 @@
 """The README's Python runs, and its figures are what its subject does."""
 
+import ast
 import itertools
 import json
 import pathlib
@@ -57,6 +58,29 @@ def test_the_table_of_times_is_that_of_the_file():
         ratios = [f"{seconds[ours] / seconds[theirs]:.2f}" for ours, theirs in pairs]
         lines.append(f"| {' | '.join([f'{model[:-1]} M', dtype, *ratios])} |\n")
     assert "".join(lines) in README
+
+
+def test_the_diagram_is_that_of_the_imports():
+    imports = set()
+    modules = {path.stem: path for path in (ROOT / "optax_unitscale").glob("*.py")}
+    del modules["__init__"]
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "optax_unitscale":
+                imports |= {(name, alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and "optax_unitscale." in (node.module or ""):
+                imports.add((name, str(node.module).partition(".")[2]))
+    # An arrow stands for an import that no longer way stands for.
+    arrows = {pair for pair in imports if not reaches(pair[0], pair[1], imports - {pair})}
+    drawn = re.findall(r"^  (\w+)(?:\[[^]]+\])? --> (\w+)", README, re.MULTILINE)
+    assert set(drawn) == arrows
+    assert {name for arrow in arrows for name in arrow} == set(modules)
+    assert not any(reaches(name, name, imports) for name in modules)
+
+
+def reaches(start, end, pairs):
+    """Whether one gets from start to end, a pair after the other."""
+    return any(b == end or reaches(b, end, pairs - {(a, b)}) for a, b in pairs if a == start)
 
 
 def test_the_pictures_are_there():
