@@ -45,6 +45,11 @@ def _kernels(tree: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
 
 
+def _vectors(tree: Any) -> Any:
+    """True at biases and gains, which always move by all that a norm allows (`scale_by_shape`)."""
+    return jax.tree.map(lambda x: x.ndim < 2, tree)
+
+
 class Contender(NamedTuple):
     """An optimizer.
 
@@ -101,8 +106,23 @@ CONTENDERS |= {
         0.03,
         lambda rate: _momentum_unit_scale(rate, scale_by_shape()),
     ),
+    "unit_scale_shape_vectors": Contender(
+        "the same, with a tenth of the rate for vectors",
+        0.1,
+        lambda rate: _momentum_unit_scale(
+            rate, scale_by_shape(), optax.masked(optax.scale(0.1), _vectors)
+        ),
+    ),
 }
-TRANSFERRED = ("sgd", "adam", "adamw_width", "muon", "unit_scale_last", "unit_scale_shape")
+TRANSFERRED = (
+    "sgd",
+    "adam",
+    "adamw_width",
+    "muon",
+    "unit_scale_last",
+    "unit_scale_shape",
+    "unit_scale_shape_vectors",
+)
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")
 

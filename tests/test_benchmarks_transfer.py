@@ -98,13 +98,16 @@ def test_the_width_rule_divides_the_rate_of_kernels_and_of_nothing_else():
         assert ratios["tokens"]["embedding"] == pytest.approx(1, rel=1e-5)
 
 
-def test_unit_scale_with_shape_makes_steps_of_the_spectral_length():
+@pytest.mark.parametrize(
+    ("name", "of_vectors"), [("unit_scale_shape", 1.0), ("unit_scale_shape_vectors", 0.1)]
+)
+def test_unit_scale_with_shape_makes_steps_of_the_spectral_length(name, of_vectors):
     gradients = {"kernel": jnp.full((16, 64), 3.0), "bias": jnp.full(64, 3.0)}
-    optimizer = CONTENDERS["unit_scale_shape"].make(0.5)
+    optimizer = CONTENDERS[name].make(0.5)
     updates: Any
     updates, _ = optimizer.update(gradients, optimizer.init(gradients))
     lengths = {name: float(np.linalg.norm(x)) for name, x in updates.items()}
-    assert lengths == pytest.approx({"kernel": 0.5 * 2, "bias": 0.5 * 8}, rel=1e-5)
+    assert lengths == pytest.approx({"kernel": 0.5 * 2, "bias": 0.5 * 8 * of_vectors}, rel=1e-5)
 
 
 def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path, capsys):

@@ -160,7 +160,7 @@ def _table(name: str, results: dict[str, dict[int, Any]]) -> Table:
 
 def _plot(name: str, log: Log, results: dict[str, dict[int, Any]]) -> Figure:
     """The loss against the learning rate, one curve a size, side by side for each optimizer."""
-    columns = min(3, len(results))
+    columns = min(4, len(results))
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(
         rows,
