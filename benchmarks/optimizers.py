@@ -45,6 +45,16 @@ def _kernels(tree: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
 
 
+def _row(_: str, x: jax.Array) -> tuple[int, ...]:
+    """The last axis of what is no vector: all that one input goes to."""
+    return (x.ndim - 1,) if x.ndim > 1 else tuple(range(x.ndim))
+
+
+def _column(_: str, x: jax.Array) -> tuple[int, ...]:
+    """All other axes: all that one output comes from."""
+    return tuple(range(max(1, x.ndim - 1))) if x.ndim else ()
+
+
 def _vectors(tree: Any) -> Any:
     """True at biases and gains, which always move by all that a norm allows (`scale_by_shape`)."""
     return jax.tree.map(lambda x: x.ndim < 2, tree)
@@ -95,6 +105,16 @@ CONTENDERS = {
         "unit_scale per leaf, then Adam",
         0.003,
         lambda rate: optax.chain(unit_scale(), optax.adam(rate)),
+    ),
+    "unit_scale_sinkhorn": Contender(
+        "unit_scale of rows and columns in turn (SinkGD), a tenth of the rate for vectors, then "
+        "SGD with momentum",
+        0.03,
+        lambda rate: optax.chain(
+            *[unit_scale(axis=axis) for axis in (_row, _column)] * 3,
+            optax.masked(optax.scale(0.1), _vectors),
+            _sgd(rate),
+        ),
     ),
 }
 COMPARED = tuple(CONTENDERS)

@@ -15,7 +15,7 @@ from benchmarks.tasks import Task
 __all__ = ["STYLES", "plot_rates"]
 
 # unit_scale's ways in warm colours and whole lines, the others cold and dashed.
-_WARM = plt.colormaps["autumn"](np.linspace(0.0, 0.75, 5))
+_WARM = plt.colormaps["autumn"](np.linspace(0.0, 0.75, 6))
 _COLD = plt.colormaps["winter"](np.linspace(0.0, 0.9, 6))
 STYLES = {
     name: {"color": color, "linestyle": line, "marker": marker}
