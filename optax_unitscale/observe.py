@@ -1,7 +1,7 @@
 """`gradient_norms`: what `unit_scale` divides by, for logging."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ __all__ = ["gradient_norms"]
 
 def gradient_norms(
     updates: Any,
-    norm: str = "l2",
+    norm: Literal["l2", "rms", "l1", "linf"] | str = "l2",
     *,
-    scope: Any = "leaf",
+    scope: Literal["leaf", "global"] | Any = "leaf",
     axis: Any = None,
     axis_name: Any = None,
 ) -> dict[str, jax.Array]:

@@ -26,18 +26,18 @@ LAYER, SHORTEST, TALLEST, TEXT = 0.18, 2.4, 14.0, 0.115
 
 
 def norms_table(norms: Mapping[str, Any]) -> "Table":
-    r"""One step's gradient norms by layer, with those flagged that cannot train with the others.
+    """One step's gradient norms by layer, with those flagged that cannot train with the others.
 
-    .. math:: r_i = n_i / \operatorname{median}\{n_j : 0 < n_j < \infty\}
+    With n a layer's norm, and r its ratio to the median of those that are finite and not zero:
 
-    =============  =============================================================================
-    flag           when
-    =============  =============================================================================
-    dead           :math:`n_i = 0`
-    non-finite     :math:`n_i` is NaN, infinite, or None, which JSON has in their place
-    vanished       :math:`0 < r_i < 10^{-3}`
-    exploded       :math:`10^3 < r_i < \infty`
-    =============  =============================================================================
+    ==========  ================================================================
+    flag        when
+    ==========  ================================================================
+    dead        n = 0
+    non-finite  n is NaN, infinite, or None, which JSON has in their place
+    vanished    0 < r < 0.001
+    exploded    1000 < r < ∞
+    ==========  ================================================================
 
     What is nearer to the median can be healthy: by their sizes alone l2 norms differ a thousandfold
     between a scalar and a matrix of a million elements, and in the language model of

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -38,13 +38,15 @@ Axes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def scale_by_shape(
-    rule: str = "spectral", *, dimension_numbers: Any = None
+    rule: Literal["spectral", "muon", "consistent_rms", "sign"] | str = "spectral",
+    *,
+    dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each leaf by a factor of its shape, so that layers of any width learn alike.
 
     Put it after `unit_scale`. With `rule="spectral"` an update of unit norm becomes
 
-    .. math:: \Delta W = U \sqrt{n_{out} / n_{in}}, \qquad \|U\|_F = 1
+    :math:`\Delta W = U \sqrt{n_{out} / n_{in}}, \qquad \|U\|_F = 1`
 
     so that :math:`\|\Delta W\|_2 \le \sqrt{n_{out}/n_{in}}`: an input of RMS 1 changes the output
     by an RMS of at most 1, whatever the width. The best learning rate of a narrow model is then

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ __all__ = ["unit_scale"]
 
 
 def unit_scale(
-    norm: str = "l2",
+    # Editors complete the literals; `str` and `Any` admit what is only known when called.
+    norm: Literal["l2", "rms", "l1", "linf"] | str = "l2",
     *,
-    scope: Any = "leaf",
+    scope: Literal["leaf", "global"] | Any = "leaf",
     axis: Any = None,
     min_norm: jax.typing.ArrayLike = 0.0,
     axis_name: Any = None,
@@ -31,7 +32,7 @@ def unit_scale(
 
     For every group :math:`x` (a tensor, a slice of it, a layer, or the whole tree)
 
-    .. math:: u = x / \max(\|x\|, m), \qquad 0 \mapsto 0
+    :math:`u = x / \max(\|x\|, m), \qquad 0 \mapsto 0`
 
     with :math:`m` = `min_norm`. Put it first in an `optax.chain`; the learning rate is then the
     length of a step. Compiled: an eager call is one jitted computation, shared by all
