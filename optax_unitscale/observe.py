@@ -59,9 +59,10 @@ def gradient_norms(
       `norms_table` and `plot_norms` show them. To average over steps, record them with
       ``optax.monitor({"grad_norms": optax.measure_with_ema(gradient_norms, decay=0.9)})``. For
       TensorBoard, with ``writer = tensorboardX.SummaryWriter(folder)``, which needs neither PyTorch
-      nor TensorFlow, write each step::
+      nor TensorFlow, write each step ::
 
-        for name, norm in norms.items(): writer.add_scalar(f"grad_norms/{name}", float(norm), step)
+        for name, norm in norms.items():
+            writer.add_scalar(f"grad_norms/{name}", float(norm), step)
 
       or `add_histogram` and `np.asarray` where `axis` keeps axes.
 

@@ -49,8 +49,8 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
         median and largest norm.
 
     Returns:
-      A `rich.table.Table`, which a notebook shows as it is and `rich.print` in a terminal: layers
-      in natural order, their norm, its ratio to the median, and the flag.
+      A `rich.table.Table`, which a notebook shows as it is and `rich.print` in a terminal. Its
+      lines are the layers in natural order, with their norm, its ratio to the median, and the flag.
 
     Raises:
       ModuleNotFoundError: rich is not installed.

@@ -76,20 +76,18 @@ def scale_by_shape(
         taken to have unit norm by itself, as `unit_scale(axis=...)` gives it. No axes, (), have
         size 1. None stands for the default, by the leaf's path in Flax, or an error:
 
-        ============================  ============================  =====================
-        path ends in                  shape                         dimension numbers
-        ============================  ============================  =====================
-        anything                      () or (n,)                    (), all
-        `kernel`                      (in, out)                     0, 1
-        `kernel` below a name that    (..., in, out), up to three   all but the last, the
-        has "conv" in it, any case    spatial axes                  last
-        `query`, `key` or             (in, heads, head_dim)         0, (1, 2)
-        `value/kernel`
-        `query`, `key` or             (heads, head_dim)             (), (0, 1)
-        `value/bias`
-        `out/kernel`                  (heads, head_dim, out)        (0, 1), 2
-        `embedding`                   (vocabulary, features)        (), 1
-        ============================  ============================  =====================
+        =================================  ============================  =====================
+        path ends in                       shape                         dimension numbers
+        =================================  ============================  =====================
+        anything                           () or (n,)                    (), all
+        `kernel`                           (in, out)                     0, 1
+        `kernel` under `*conv*`, any case  (..., in, out), up to three   all but the last, the
+                                           spatial axes                  last
+        `query`, `key` or `value/kernel`   (in, heads, head_dim)         0, (1, 2)
+        `query`, `key` or `value/bias`     (heads, head_dim)             (), (0, 1)
+        `out/kernel`                       (heads, head_dim, out)        (0, 1), 2
+        `embedding`                        (vocabulary, features)        (), 1
+        =================================  ============================  =====================
 
     Returns:
       A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
