@@ -66,7 +66,8 @@ def plot_rates(
         panel.axhline(task.target, color="grey", linestyle=":", linewidth=1)
         panel.set(xscale="log", xlabel="peak learning rate")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, title="optimizer, test metric", title_fontsize=8)
+        if any(place.optimizer.startswith("unit_scale") == ours for place in places):
+            panel.legend(fontsize=8, title="optimizer, test metric", title_fontsize=8)
     finite = [_value(t) for t in trials if not t.diverged and t.results["validation"] is not None]
     if finite and not task.higher_is_better:
         # Far above, nothing is to be told apart.
