@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.commands.range import METHODS, extent
+from benchmarks.sweep import verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -89,12 +90,26 @@ def test_the_pictures_are_there():
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
-def test_the_language_modelling_results_are_those_of_the_file():
-    file = ROOT / "benchmarks/results/cpu-2-cores/language_modelling_learning_rates.json"
-    runs = json.loads(file.read_text())["results_of_each_seed_at_the_best_rate"]
-    spread = {name: f"{min(run):.2f} to {max(run):.2f}" for name, run in runs.items()}
-    sentence = (
-        f"AdamW {spread['adamw']}, clipping {spread['clip']}, `unit_scale` {spread['unit_scale']}, "
-        f"momentum SGD {spread['sgd']}"
-    )
-    assert sentence in " ".join(README.split())
+def test_the_table_of_tasks_is_that_of_the_file():
+    file = ROOT / "benchmarks/results/cpu-2-cores/compare/compare.json"
+    results = json.loads(file.read_text())
+    assert verdicts.table(results) + "\n" in README
+    # What the words below it say.
+    means = {
+        task: {place["optimizer"]: place["mean"] for place in result["standings"]}
+        for task, result in results.items()
+    }
+    for task in ("vanishing", "vanishing_16"):
+        for name in ("sgd", "clip", "lion", "unit_scale_global"):
+            assert means[task][name] < 12
+        assert means[task]["unit_scale_rms"] > 65
+    assert max(means["vanishing_32"].values()) < 25
+    exploding = means["exploding"]
+    assert exploding["unit_scale"] == max(exploding.values())
+    language = means["language_modelling"]
+    ways = [mean for name, mean in language.items() if name.startswith("unit_scale")]
+    assert max(language["adamw"], language["muon"]) < min(ways)
+    assert language["unit_scale_sinkhorn"] < min(language["sgd"], language["clip"])
+    for task in ("vanishing", "vanishing_16", "exploding", "language_modelling"):
+        sign = -1 if results[task]["higher_is_better"] else 1
+        assert sign * means[task]["unit_scale"] < sign * means[task]["unit_scale_last"]

@@ -43,8 +43,7 @@ def load() -> Task:
         batch_size=8,
         tokens=CONFIG.context,
         unit="tokens",
-        # The best of five half-decades each, none at an edge of its grid; every result is in
-        # results/cpu-2-cores/language_modelling_learning_rates.json.
+        # The best of seven half-decades each, see results/cpu-2-cores/compare.
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         model=lambda seed: GPT(CONFIG, nnx.Rngs(seed)),
         batch=_batch,
