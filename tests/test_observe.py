@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import textwrap
 from typing import Any
 
 import jax
@@ -179,9 +180,10 @@ def test_two_groups_of_one_name_are_refused(tree, scope, name):
     assert all((np.asarray(x) == 1).all() for x in jax.tree.leaves(result))
 
 
-def test_the_line_of_the_docstring_writes_what_tensorboard_reads(tmp_path):
+def test_the_lines_of_the_docstring_write_what_tensorboard_reads(tmp_path):
     text = inspect.getdoc(gradient_norms) or ""
-    (line,) = re.findall(r"^ +(for name, norm in norms.*)$", text, re.MULTILINE)
+    (lines,) = re.findall(r"^( +for name, norm in norms.*\n.*)$", text, re.MULTILINE)
+    lines = textwrap.dedent(lines)
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     recorder = optax.snapshot("grad_norms", gradient_norms)
     optimizer = nnx.Optimizer(model, optax.chain(recorder, optax.sgd(0.1)), wrt=nnx.Param)
@@ -191,7 +193,7 @@ def test_the_line_of_the_docstring_writes_what_tensorboard_reads(tmp_path):
             gradients = nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 3))) ** 2))(model)
             optimizer.update(model, gradients)
             norms = optax.tree.get(optimizer.opt_state, "grad_norms")
-            exec(line, {"norms": norms, "writer": writer, "step": step})
+            exec(lines, {"norms": norms, "writer": writer, "step": step})
             for name, gradient in nnx.to_pure_dict(gradients).items():
                 norm = oracle.norm_of([np.asarray(gradient)], "l2")
                 expected[f"grad_norms/{name}"].append(float(norm))
