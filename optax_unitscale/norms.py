@@ -1,8 +1,8 @@
 """The four norms: from a sum to a norm, its derivative, and the division by it."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,20 +137,31 @@ def _elsewhere(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
 
 
 def _on_cpu(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
-    is_double = [accumulator(group, leaves) == np.float64 for group in groups]
-    doubles = [group for group, double in zip(groups, is_double, strict=True) if double]
-    singles = [group for group, double in zip(groups, is_double, strict=True) if not double]
-    double = iter(sums_with_rescue(norm, doubles, leaves))
-    single = iter(wide_norms(norm, singles, leaves))
-    return [_finish(norm, next(double)) if d else _narrow(next(single)) for d in is_double]
+    def rescued(*where: Any) -> list[ScaledNorm]:
+        return [_finish(norm, total) for total in sums_with_rescue(*where)]
+
+    wide = [accumulator(group, leaves) != np.float64 for group in groups]
+    return _partly_wide(norm, groups, leaves, wide, wide_norms, rescued)
 
 
 def _on_gpu(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
     wide = [_through_double(group, leaves) for group in groups]
-    columns = [group for group, is_wide in zip(groups, wide, strict=True) if is_wide]
+    return _partly_wide(norm, groups, leaves, wide, column_norms, _elsewhere)
+
+
+def _partly_wide(
+    norm: str,
+    groups: Sequence[Group],
+    leaves: Sequence[jax.Array],
+    wide: Sequence[bool],
+    in_double: Callable[..., list[jax.Array]],
+    otherwise: Callable[..., list[ScaledNorm]],
+) -> list[ScaledNorm]:
+    """The norms of all groups in their order, `in_double` of those that `wide` says."""
+    doubles = [group for group, is_wide in zip(groups, wide, strict=True) if is_wide]
     others = [group for group, is_wide in zip(groups, wide, strict=True) if not is_wide]
-    double = map(_narrow, column_norms(norm, columns, leaves))
-    single = iter(_elsewhere(norm, others, leaves))
+    double = map(_narrow, in_double(norm, doubles, leaves))
+    single = iter(otherwise(norm, others, leaves))
     return [next(double) if is_wide else next(single) for is_wide in wide]
 
 

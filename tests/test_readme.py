@@ -61,6 +61,20 @@ def test_the_table_of_times_is_that_of_the_file():
     assert "".join(lines) in README
 
 
+def test_the_share_of_a_training_step_is_that_of_the_file():
+    file = ROOT / "benchmarks/results/cpu-2-cores/speed.json"
+    rows = json.loads(file.read_text())["results"]["training"]
+    ratios = {row["name"]: 100 * row["ratio"]["median"] for row in rows}
+    ours = ["unit_scale()", 'unit_scale(scope="global")']
+    alone = {f"{ratios[f'{name} alone']:.0f}" for name in ours}
+    leaf, whole = (f"{ratios[f'{name}, sgd'] - 100:.0f}" for name in ours)
+    sentence = (
+        f"Alone it takes about {' or '.join(alone)} % of a GPT's training step; within the step, "
+        f"measured at {rows[0]['model'][:-1]} M, {leaf} % per leaf and {whole} % as a whole."
+    )
+    assert sentence in " ".join(README.split())
+
+
 def test_the_diagram_is_that_of_the_imports():
     imports = set()
     modules = {path.stem: path for path in (ROOT / "optax_unitscale").glob("*.py")}
@@ -94,6 +108,9 @@ def test_the_table_of_tasks_is_that_of_the_file():
     file = ROOT / "benchmarks/results/cpu-2-cores/compare/compare.json"
     results = json.loads(file.read_text())
     assert verdicts.table(results) + "\n" in README
+    places = {x["optimizer"]: x["test"] for x in results["language_modelling"]["standings"]}
+    low, high = min(places["unit_scale"]), max(places["unit_scale"])
+    assert f"three further seeds end at {low:.2f} to {high:.2f} bits" in " ".join(README.split())
     # What the words below it say.
     means = {
         task: {place["optimizer"]: place["mean"] for place in result["standings"]}
