@@ -1,9 +1,9 @@
 """The transformation beside the libraries that hold parameters: Flax, Orbax, and others' trees."""
 
-import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,45 +213,34 @@ def test_haikus_modules_can_be_the_groups():
         np.testing.assert_allclose(np.asarray(norms[module]), 1, rtol=1e-6)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Linear:
-    """A layer as Equinox has it: a pytree with attributes."""
-
-    weight: jax.Array
-    bias: jax.Array | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class MLP:
-    """Layers in a list and a function between them, which is no leaf."""
-
-    layers: list[Linear]
-    activation: Callable[..., Any] = dataclasses.field(metadata={"static": True})
-
-
-def test_a_module_that_is_a_pytree_moves_by_the_rate_and_stays_what_it_is():
-    rng = np.random.default_rng(0)
-    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(4, 4), (4, 1)]]
-    # An absent bias is None, as in Equinox with use_bias=False.
-    model: Any = MLP([Linear(weights[0], jnp.zeros(4)), Linear(weights[1], None)], jnp.tanh)
+def test_equinox_modules_move_by_the_rate_and_stay_what_they_are():
+    # The function in Lambda is a leaf and no array; a Linear without a bias holds None.
+    model: Any = eqx.nn.Sequential(
+        [
+            eqx.nn.Linear(4, 3, key=jax.random.key(0)),
+            eqx.nn.Lambda(jnp.tanh),
+            eqx.nn.Linear(3, 1, use_bias=False, key=jax.random.key(1)),
+        ]
+    )
     optimizer = watched()
 
+    @eqx.filter_value_and_grad
     def loss(model):
-        first, last = model.layers
-        hidden = model.activation(INPUTS @ first.weight + first.bias[None])
-        return jnp.sum((hidden @ last.weight) ** 2)
+        return jnp.sum(jax.vmap(model)(INPUTS) ** 2)
 
-    @jax.jit
+    @eqx.filter_jit
     def step(model, state):
-        updates, state = optimizer.update(jax.grad(loss)(model), state, model)
-        return optax.apply_updates(model, updates), state
+        value, gradient = loss(model)
+        updates, state = optimizer.update(gradient, state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), state, value
 
-    after, state = step(model, optimizer.init(model))
-    names = {"layers/0/weight", "layers/0/bias", "layers/1/weight"}
-    assert set(check_moved(model, after)) == set(optax.tree.get(state, "grad_norms")) == names
+    arrays = functools.partial(eqx.filter, filter_spec=eqx.is_array)
+    after, state, before = step(model, optimizer.init(arrays(model)))
+    names = {"layers/0/weight", "layers/0/bias", "layers/2/weight"}
+    moved = check_moved(arrays(model), arrays(after))
+    assert set(moved) == set(optax.tree.get(state, "grad_norms")) == names
     assert jax.tree.structure(after) == jax.tree.structure(model)
+    assert loss(after)[0] < before
 
 
 def test_orbax_gives_back_every_bit_of_the_state(tmp_path):
