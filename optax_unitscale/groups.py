@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 
 from optax_unitscale.paths import (
     Path,
@@ -60,7 +61,7 @@ def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> 
     """Checks the static arguments that `unit_scale` and `gradient_norms` have in common."""
     if norm not in NORMS:
         raise ValueError(f"{caller}: norm is {norm!r}, expected one of {', '.join(NORMS)}.")
-    if isinstance(scope, str) and scope not in SCOPES:
+    if scope is None or (isinstance(scope, str) and scope not in SCOPES):
         raise ValueError(
             f"{caller}: scope is {scope!r}, expected 'leaf', 'global', a pytree of labels, "
             "or a callable that returns one."
@@ -186,10 +187,20 @@ def _axes(plan: Plan, path: Path, x: jax.Array) -> tuple[int, ...]:
 
 
 def _mesh_axes(plan: Plan, path: Path, x: jax.Array) -> tuple[Hashable, ...] | None:
-    if not callable(plan.axis_name):
-        return plan.axis_name
-    names = plan.axis_name(path.name, x)
-    return None if names is None else _as_names(names)
+    names = plan.axis_name
+    if callable(names):
+        names = names(path.name, x)
+        names = names if names is None else _as_names(names)
+    for name in names or ():
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"{plan.caller}: axis_name {name!r} for {show(path)} is no mesh axis here, "
+                "expected one of jax.shard_map or jax.pmap around this call. Under jax.jit alone "
+                "leave axis_name out."
+            ) from None
+    return names
 
 
 def _as_names(names: Any) -> tuple[Hashable, ...]:

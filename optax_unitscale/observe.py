@@ -36,6 +36,7 @@ def gradient_norms(
       axes: () unless `axis` is given. Leaves without elements have no entry.
 
     Raises:
+      NameError: as `unit_scale`.
       TypeError: as `unit_scale`.
       ValueError: as `unit_scale`, or two groups have the same name.
 

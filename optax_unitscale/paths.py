@@ -95,9 +95,10 @@ def check_fit(caller: str, argument: str, prefix: Any, updates: Any) -> None:
     paths = [path.names for path, _ in flatten(updates, _is_empty)]
     for start, _ in prefix.entries:
         if not any(start[: len(p)] == p[: len(start)] for p in paths) and paths:
+            cure = " The axes of one leaf are an int or a tuple, not a list." * (argument == "axis")
             raise ValueError(
                 f"{caller}: {argument} has an entry at {join(start)!r}, where the "
-                f"updates have none. They have {[join(p) for p in paths]}."
+                f"updates have none. They have {[join(p) for p in paths]}.{cure}"
             )
 
 

@@ -199,8 +199,9 @@ def _fans(dimension_numbers: Prefix, path: Path, x: jax.Array) -> tuple[int, int
         raise ValueError(
             f"scale_by_shape: {show(path)} of shape {x.shape} is no layer known by its name and "
             "rank. Give its axes in dimension_numbers: optax.contrib.MuonDimensionNumbers(-2, -1) "
-            "for a dense kernel or a stack of them, ((), -1) for a stack of vectors, "
-            "(reduction_axis, output_axis) in general. Or leave it out with optax.masked."
+            "for a dense kernel or a stack of them, ((0, 1, 2), 3) for a 2-D convolution, ((), -1) "
+            "for a stack of vectors, (reduction_axis, output_axis) in general. Or leave it out "
+            "with optax.masked."
         )
     reduction, output = axes
     given = reduction + output

@@ -65,6 +65,7 @@ def unit_scale(
       sharding of every leaf; None, `optax.MaskedNode`, `float0` and empty leaves pass through.
 
     Raises:
+      NameError: `axis_name` is no mesh axis around the call.
       TypeError: a leaf is neither floating nor complex; `axis` is traced or not integers;
         `min_norm` is not a real number; an argument cannot be hashed.
       ValueError: `norm`, `scope` or `min_norm` is unknown or out of range, or labels or axes do not
@@ -192,7 +193,8 @@ def _at_least(min_norm: jax.typing.ArrayLike, times: float, measured: ScaledNorm
 def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
     dtype = min_norm.dtype if isinstance(min_norm, jax.Array) else np.asarray(min_norm).dtype
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"unit_scale: min_norm is {min_norm!r}, expected a real number.")
+        cure = " A schedule goes through optax.inject_hyperparams." * callable(min_norm)
+        raise TypeError(f"unit_scale: min_norm is {min_norm!r}, expected a real number.{cure}")
     if np.shape(min_norm) != ():
         raise ValueError(f"unit_scale: min_norm has shape {np.shape(min_norm)}, expected a scalar.")
     largest = float(jnp.finfo(jnp.result_type(float)).max)

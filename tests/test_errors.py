@@ -41,10 +41,11 @@ def refuse(error: type[Exception], text: str, tree: Any, **options: Any) -> None
     [
         ({"norm": "l3"}, ValueError, "norm is 'l3', expected one of l2, rms, l1, linf."),
         ({"scope": "layer"}, ValueError, "scope is 'layer', expected 'leaf', 'global', a pytree"),
+        ({"scope": None}, ValueError, "scope is None, expected 'leaf', 'global', a pytree of lab"),
         ({"axis": {"a": np.arange(2)}}, TypeError, "scope, axis and...hashable...'numpy.ndarray'"),
         ({"scope": {"a": {"x"}}}, TypeError, "scope, axis and...hashable...'set'. Pass a function"),
     ],
-    ids=["norm", "scope", "axis", "labels"],
+    ids=["norm", "scope", "none", "axis", "labels"],
 )
 def test_an_argument_that_fits_no_tree_is_refused_before_there_is_one(options, error, text):
     refuse(error, text, ONE, **options)
@@ -85,6 +86,14 @@ def test_axes_that_miss_a_leaf_are_refused():
 def test_axes_that_stand_for_no_leaf_are_refused():
     text = "axis has an entry at 'kernal', where the updates have none. They have ['a']."
     refuse(ValueError, text, ONE, axis={"a": 0, "kernal": 0})
+    text = "axis has an entry at '0'...['a']. The axes of one leaf are an int or a tuple, not a li"
+    refuse(ValueError, text, ONE, axis=[0, 1])
+
+
+def test_a_mesh_axis_that_nothing_around_the_call_has_is_refused():
+    text = "axis_name 'data' for updates['a'] is no mesh axis here, expected one of jax.shard_map"
+    refuse(NameError, text, ONE, axis_name="data")
+    refuse(NameError, text, ONE, axis_name=lambda path, leaf: ("data",))
 
 
 @pytest.mark.parametrize("nonsense", ["0", 0.5, True, [0], (0, None), (True,)], ids=str)
@@ -157,6 +166,13 @@ def test_min_norm_that_is_no_scalar_is_refused(kind):
 def test_min_norm_that_is_no_real_number_is_refused(floor):
     with pytest.raises(TypeError, match=r"unit_scale: min_norm is .*, expected a real number"):
         unit_scale(min_norm=floor)
+
+
+def test_a_schedule_as_min_norm_is_refused_and_inject_hyperparams_mentioned():
+    schedule = optax.constant_schedule(1.0)
+    with pytest.raises(TypeError, match=r"number\. A schedule goes through optax\.inject_hy"):
+        unit_scale(min_norm=schedule)
+    assert optax.inject_hyperparams(unit_scale)(min_norm=schedule).init(ONE)
 
 
 def test_a_whole_number_is_a_min_norm_however_large():
