@@ -28,13 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         choices=TOPOLOGIES,
         action="append",
-        help="what to compile for; repeatable (default: all)",
+        metavar="NAME",
+        help=f"what to compile for: {'; '.join(TOPOLOGIES)}; repeat it for several (default: all)",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         action="append",
-        help="what to compile; repeatable (default: all)",
+        metavar="NAME",
+        help=f"what to compile: {'; '.join(METHODS)}; repeat it for several (default: all)",
     )
     parser.add_argument(
         "--out",
