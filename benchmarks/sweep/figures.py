@@ -42,7 +42,7 @@ def plot_rates(
       A figure with two panels, for learning rates mean something else to optimizers whose step
       they bound than to the others.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained", sharey=True)
     for panel, ours in zip(panels, (True, False), strict=True):
         for place in places:
             if place.optimizer.startswith("unit_scale") != ours:
@@ -67,7 +67,14 @@ def plot_rates(
         panel.set(xscale="log", xlabel="peak learning rate")
         panel.grid(alpha=0.3)
         if any(place.optimizer.startswith("unit_scale") == ours for place in places):
-            panel.legend(fontsize=8, title="optimizer, test metric", title_fontsize=8)
+            panel.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.13),
+                ncols=3,
+                fontsize=9,
+                title="optimizer, test metric",
+                title_fontsize=9,
+            )
     finite = [_value(t) for t in trials if not t.diverged and t.results["validation"] is not None]
     if finite and not task.higher_is_better:
         # Far above, nothing is to be told apart.
