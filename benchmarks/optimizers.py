@@ -3,6 +3,8 @@
 All that are SGD at heart have the same momentum; the others keep Optax's defaults.
 """
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +17,8 @@ from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
 __all__ = ["COMPARED", "CONTENDERS", "SHOWN", "TRANSFERRED", "Contender", "make"]
 
 MOMENTUM = 0.9
-# The width at which AdamW with the 1/width rule is AdamW.
-BASE_WIDTH = 64
+# The fan-in of a kernel for which AdamW with the 1/width rule is AdamW.
+BASE_FAN_IN = 64
 
 
 def _sgd(rate: Any) -> optax.GradientTransformation:
@@ -30,12 +32,12 @@ def _momentum_unit_scale(rate: Any, *more: Any) -> optax.GradientTransformation:
 
 
 def _adamw_width(rate: Any) -> optax.GradientTransformation:
-    """A kernel's learning rate is divided by its width over `BASE_WIDTH` (Tensor Programs V)."""
+    """A kernel's learning rate is over its fan-in in units of `BASE_FAN_IN` (Tensor Programs V)."""
     return optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(1e-4),
         scale_by_shape("sign"),
-        optax.masked(optax.scale(float(BASE_WIDTH)), _kernels),
+        optax.masked(optax.scale(float(BASE_FAN_IN)), _kernels),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -45,14 +47,29 @@ def _kernels(tree: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
 
 
-def _row(_: str, x: jax.Array) -> tuple[int, ...]:
-    """The last axis of what is no vector: all that one input goes to."""
-    return (x.ndim - 1,) if x.ndim > 1 else tuple(range(x.ndim))
+def _inputs(path: str, x: jax.Array) -> tuple[int, ...]:
+    """The axes of a matrix's inputs: first where attention projects to heads, else all but last."""
+    projects = re.search("(query|key|value)/kernel$", path) is not None
+    return tuple(range(1 if projects else max(1, x.ndim - 1))) if x.ndim else ()
 
 
-def _column(_: str, x: jax.Array) -> tuple[int, ...]:
-    """All other axes: all that one output comes from."""
-    return tuple(range(max(1, x.ndim - 1))) if x.ndim else ()
+def _outputs(path: str, x: jax.Array) -> tuple[int, ...]:
+    """The other axes; all of a vector."""
+    return tuple(range(len(_inputs(path, x)) if x.ndim > 1 else 0, x.ndim))
+
+
+def _muon(rate: Any) -> optax.GradientTransformation:
+    """Muon for every kernel, with the axes of attention's and convolutions' as a matrix."""
+
+    def of_leaf(keys: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+        if not path.endswith("kernel"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(_inputs(path, x), _outputs(path, x))
+
+    return optax.contrib.muon(
+        rate, muon_weight_dimension_numbers=functools.partial(jax.tree.map_with_path, of_leaf)
+    )
 
 
 def _vectors(tree: Any) -> Any:
@@ -84,7 +101,7 @@ CONTENDERS = {
     "adamw": Contender("AdamW", 0.003, optax.adamw),
     "lion": Contender("Lion", 0.001, optax.lion),
     "lamb": Contender("LAMB", 0.01, optax.lamb),
-    "muon": Contender("Muon, with Adam for what is not a matrix", 0.01, optax.contrib.muon),
+    "muon": Contender("Muon for kernels, Adam for the rest", 0.01, _muon),
     "unit_scale": Contender(
         "unit_scale per leaf, then SGD with momentum",
         0.03,
@@ -111,7 +128,7 @@ CONTENDERS = {
         "SGD with momentum",
         0.03,
         lambda rate: optax.chain(
-            *[unit_scale(axis=axis) for axis in (_row, _column)] * 3,
+            *[unit_scale(axis=axis) for axis in (_outputs, _inputs)] * 3,
             optax.masked(optax.scale(0.1), _vectors),
             _sgd(rate),
         ),
@@ -120,7 +137,7 @@ CONTENDERS = {
 COMPARED = tuple(CONTENDERS)
 CONTENDERS |= {
     "adam": Contender("Adam", 0.003, optax.adam),
-    "adamw_width": Contender("AdamW, a kernel's rate over its width", 0.003, _adamw_width),
+    "adamw_width": Contender("AdamW, a kernel's rate over its fan-in", 0.003, _adamw_width),
     "unit_scale_shape": Contender(
         "momentum, unit_scale per leaf, scale_by_shape",
         0.03,

@@ -13,7 +13,7 @@ from flax import nnx
 from test_benchmarks_compare import trial
 
 from benchmarks import __main__
-from benchmarks.optimizers import BASE_WIDTH, CONTENDERS, TRANSFERRED
+from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, TRANSFERRED
 from benchmarks.sweep import fine
 from benchmarks.sweep.families import FAMILIES
 
@@ -88,7 +88,7 @@ def test_the_width_rule_divides_the_rate_of_kernels_and_of_nothing_else():
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     for factor in (1, 2, 8):
-        width = factor * BASE_WIDTH
+        width = factor * BASE_FAN_IN
         # Optax's Adam mixes an integer count with floats.
         with jax.numpy_dtype_promotion("standard"):
             ours, plain = step("adamw_width", width), step("adamw", width)
