@@ -19,6 +19,7 @@ from optax_unitscale.paths import (
     join,
     make_prefix,
     show,
+    some,
 )
 
 __all__ = ["Group", "Member", "Plan", "assign", "make_plan"]
@@ -75,6 +76,9 @@ def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> 
         scope = make_prefix(scope)
     if not callable(axis):
         entries = make_prefix(axis, is_leaf=_is_axes).entries
+        for names, value in entries:
+            # Now: True equals 1, and for a plan that is equal JAX has the compiled update.
+            _check_axes(caller, join(names), value)
         # NumPy's integers do not compare with tuples, and JAX compares what it caches on.
         axis = Prefix(tuple((names, _as_ints(value)) for names, value in entries))
     if axis_name is not None and not callable(axis_name):
@@ -142,7 +146,8 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[Any]:
         if not is_found:
             raise ValueError(
                 f"{plan.caller}: scope has no label for {show(path)}, expected a pytree prefix "
-                f"of the updates, got labels at {[join(p) for p, _ in labels.entries]}."
+                f"of the updates, got labels at {some(join(p) for p, _ in labels.entries)}. Add "
+                "the label."
             )
         if not isinstance(label, Hashable):
             raise TypeError(
@@ -162,13 +167,9 @@ def _axes(plan: Plan, path: Path, x: jax.Array) -> tuple[int, ...]:
             )
     else:
         axes = plan.axis(path.name, x)
+        _check_axes(plan.caller, show(path), axes)
     if axes is None:
         return tuple(range(x.ndim))
-    if not _is_axes(axes):
-        raise TypeError(
-            f"{plan.caller}: axis gives {axes!r} for {show(path)}, expected None, an int, or a "
-            "tuple of ints."
-        )
     given = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if not -x.ndim <= axis < x.ndim:
@@ -207,6 +208,13 @@ def _as_names(names: Any) -> tuple[Hashable, ...]:
     return tuple(names) if isinstance(names, (tuple, list)) else (names,)
 
 
+def _check_axes(caller: str, where: str, axes: Any) -> None:
+    if not _is_axes(axes):
+        raise TypeError(
+            f"{caller}: axis gives {axes!r} for {where}, expected None, an int, or a tuple of ints."
+        )
+
+
 def _is_axes(value: Any) -> bool:
     """Whether a value is the axes of one leaf, rather than a container of such values."""
     if value is None:
@@ -216,6 +224,6 @@ def _is_axes(value: Any) -> bool:
 
 
 def _as_ints(axes: Any) -> Any:
-    if axes is None or not _is_axes(axes):
+    if axes is None:
         return axes
     return tuple(map(operator.index, axes)) if isinstance(axes, tuple) else operator.index(axes)

@@ -94,15 +94,15 @@ def _stack(caller: str, history: list[Mapping[str, Any]]) -> dict[str, np.ndarra
         if set(norms) != set(history[0]):
             raise ValueError(
                 f"{caller}: step {step} has norms of {sorted(norms)}, step 0 of "
-                f"{sorted(history[0])}, expected the same. Plot them apart."
+                f"{sorted(history[0])}, expected the same. Pass them separately."
             )
     for name in history[0] if history else ():
         values = [np.asarray(norms[name], np.float64) for norms in history]
         shapes = list(dict.fromkeys(value.shape for value in values))
         if len(shapes) > 1:
             raise ValueError(
-                f"{caller}: {name!r} has shapes {shapes} at different steps, expected one. Plot "
-                "them apart."
+                f"{caller}: {name!r} has shapes {shapes} at different steps, expected one. Pass "
+                "them separately."
             )
         stacked[name] = np.stack(values)
     return stacked

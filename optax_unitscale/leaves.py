@@ -13,11 +13,11 @@ from optax_unitscale.groups import Group, Member
 
 __all__ = [
     "accumulator",
-    "alone",
     "complex_of",
     "count",
-    "cross_devices",
+    "crosses_devices",
     "real_parts",
+    "renumbered",
     "root",
     "with_mesh_axes",
 ]
@@ -29,13 +29,13 @@ def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def alone(group: Group, leaves: Sequence[jax.Array]) -> tuple[tuple[Group], list[jax.Array]]:
+def renumbered(group: Group, leaves: Sequence[jax.Array]) -> tuple[tuple[Group], list[jax.Array]]:
     """The same group among its own leaves only: equal for groups that are alike."""
     members = tuple(member._replace(leaf=i) for i, member in enumerate(group.members))
     return (Group("", members),), [leaves[member.leaf] for member in group.members]
 
 
-def cross_devices(group: Group, leaves: Sequence[jax.Array]) -> bool:
+def crosses_devices(group: Group, leaves: Sequence[jax.Array]) -> bool:
     """Whether a group's sum runs over mesh axes."""
     return any(mesh.axes_of(leaves[member.leaf], member.mesh_axes) for member in group.members)
 

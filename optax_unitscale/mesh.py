@@ -27,6 +27,7 @@ def axes_of(x: jax.Array, mesh_axes: tuple[Hashable, ...] | None) -> tuple[Hasha
     if mesh_axes is not None:
         return mesh_axes
     aval = jax.typeof(x)
+    # The second is its name in earlier releases of JAX.
     varying = aval.mat.varying if hasattr(aval, "mat") else aval.vma
     return tuple(sorted(varying, key=str))
 
@@ -91,14 +92,14 @@ def _as_integers(magnitudes: jax.Array) -> jax.Array:
 
 def total_size(axes: tuple[Hashable, ...]) -> int:
     """The number of devices along `axes`, each of which holds a part of the leaf."""
-    return math.prod(lax.psum(1, axis) for axis in axes)
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def _reduce(values: Sequence[jax.Array], kind: str) -> jax.Array:
-    # Not a chain of additions, which XLA is slow to compile where there are thousands.
     if len(values) == 1:
         return values[0]
-
+    # Not a chain of additions, nor what XLA fuses the values into: with thousands of them both
+    # are slow to compile.
     stacked = lax.concatenate([lax.expand_dims(value, (0,)) for value in values], 0)
     stacked = lax.optimization_barrier(stacked)
     return largest(stacked, (0,)) if kind == "max" else lax.reduce_sum(stacked, (0,))

@@ -1,5 +1,6 @@
 """`gradient_norms`: what `unit_scale` divides by, for logging."""
 
+import collections
 import functools
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from optax_unitscale.groups import Plan, assign, make_plan
 from optax_unitscale.leaves import root
 from optax_unitscale.norms import group_norms
+from optax_unitscale.paths import some
 
 __all__ = ["gradient_norms"]
 
@@ -58,7 +60,8 @@ def gradient_norms(
       {'dense/bias': 0.0, 'dense/kernel': 6.0}
 
       `norms_table` and `plot_norms` show them. To average over steps, record them with
-      ``optax.monitor({"grad_norms": optax.measure_with_ema(gradient_norms, decay=0.9)})``. For
+      ``optax.monitor({"grad_norms": optax.measure_with_ema(gradient_norms, decay=0.9)})``, which
+      Optax has from 0.2.7 on. For
       TensorBoard, with ``writer = tensorboardX.SummaryWriter(folder)``, which needs neither PyTorch
       nor TensorFlow, write each step ::
 
@@ -83,8 +86,9 @@ def _norms(updates: Any, plan: Plan) -> dict[str, jax.Array]:
         for group, n in zip(groups, norms, strict=True)
     }
     if len(named) < len(groups):
+        counts = collections.Counter(group.name for group in groups)
         raise ValueError(
-            f"gradient_norms: some of the groups {[group.name for group in groups]} have the same "
-            "name. Rename a key or a label."
+            "gradient_norms: several groups are named "
+            f"{some(name for name, count in counts.items() if count > 1)}. Rename a key or a label."
         )
     return named

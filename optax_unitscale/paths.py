@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,11 @@ __all__ = [
     "join",
     "make_prefix",
     "show",
+    "some",
 ]
+
+
+MOST_NAMES = 20
 
 
 class Path(NamedTuple):
@@ -82,6 +86,13 @@ def join(names: tuple[str, ...]) -> str:
     return "/".join(names) or "updates"
 
 
+def some(names: Iterable[str]) -> str:
+    """The first few of many names, for an error."""
+    names = list(names)
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{names[:MOST_NAMES]}{more}"
+
+
 def show(path: Path) -> str:
     """Such as "updates['blocks'][0]", for an error."""
     return f"updates{keystr(path.keys)}"
@@ -95,10 +106,11 @@ def check_fit(caller: str, argument: str, prefix: Any, updates: Any) -> None:
     paths = [path.names for path, _ in flatten(updates, _is_empty)]
     for start, _ in prefix.entries:
         if not any(start[: len(p)] == p[: len(start)] for p in paths) and paths:
-            cure = " The axes of one leaf are an int or a tuple, not a list." * (argument == "axis")
+            is_list = argument == "axis" and start[-1].isdigit()
+            cure = " The axes of one leaf are an int or a tuple, not a list." if is_list else ""
             raise ValueError(
                 f"{caller}: {argument} has an entry at {join(start)!r}, where the "
-                f"updates have none. They have {[join(p) for p in paths]}.{cure}"
+                f"updates have none. They have {some(map(join, paths))}.{cure}"
             )
 
 

@@ -128,7 +128,8 @@ def plot_norms(
 
     Raises:
       ModuleNotFoundError: Matplotlib is not installed.
-      ValueError: there are no steps or no norms, or the steps differ in names or shapes.
+      ValueError: there are no steps or no norms, the steps differ in names or shapes, a number
+        stands where one a step is expected, or `axes` belong to no figure.
 
     Examples:
       One line in a notebook is ``plot_norms(history)``, after a loop that did
@@ -155,7 +156,10 @@ def plot_norms(
         _, axes = plt.subplots(figsize=size, layout="constrained")
     figure = axes.get_figure(root=True)
     if figure is None:
-        raise ValueError("plot_norms: axes were removed from their figure, expected some in one.")
+        raise ValueError(
+            "plot_norms: axes were removed from their figure, expected those of one, such "
+            "as matplotlib.pyplot.subplots() makes."
+        )
     steps = norms.shape[1]
     wide = math.ceil(steps / MOST_COLUMNS)
     norms = _geometric_means(norms, wide) if wide > 1 else norms

@@ -13,18 +13,18 @@ from optax_unitscale import mesh
 from optax_unitscale.groups import Group
 from optax_unitscale.leaves import (
     accumulator,
-    alone,
     complex_of,
     count,
     real_parts,
+    renumbered,
     with_mesh_axes,
 )
 
 __all__ = [
     "RANGES",
     "SafeSum",
+    "group_partials",
     "kind_of",
-    "partials",
     "sum_of",
     "sums_at_every_scale",
     "sums_with_rescue",
@@ -80,7 +80,7 @@ def sums_at_every_scale(
     taken = []
     for group, scales in zip(groups, choices, strict=True):
         dtype = accumulator(group, leaves)
-        sums = [_partials(norm, leaves[m.leaf], m.axes, dtype, scales) for m in group.members]
+        sums = [_sums_at(norm, leaves[m.leaf], m.axes, dtype, scales) for m in group.members]
         taken += [with_mesh_axes(group, values) for values in zip(*sums, strict=True)]
     # All of them cross the devices together.
     totals = iter(mesh.combine(taken, kind_of(norm)))
@@ -93,7 +93,7 @@ def sums_at_every_scale(
 @functools.partial(jax.jit, static_argnames=("norm", "count"))
 def _pick(norm: str, count: int, taken: Sequence[jax.Array]) -> SafeSum:
     *ups, one, down = taken
-    scale = _scale(norm, one, count)
+    scale = _safe_scale(norm, one, count)
     unit = lax.full_like(scale, 1)
     total = lax.select(lax.lt(scale, unit), down, one)
     for up in ups:
@@ -109,12 +109,12 @@ def sums_with_rescue(
 
     Args and Returns: as `sums_at_every_scale`.
     """
-    taken = [partials(norm, group, leaves, accumulator(group, leaves)) for group in groups]
+    taken = [group_partials(norm, group, leaves, accumulator(group, leaves)) for group in groups]
     sums = mesh.combine(taken, kind_of(norm))
     # A check for all groups would wait for all sums, and by then a leaf that is to be scaled has
     # left the cache.
     return [
-        _check(norm, *alone(group, leaves), total)
+        _check(norm, *renumbered(group, leaves), total)
         for group, total in zip(groups, sums, strict=True)
     ]
 
@@ -124,55 +124,55 @@ def _check(
     norm: str, groups: tuple[Group], leaves: Sequence[jax.Array], total: jax.Array
 ) -> SafeSum:
     (group,) = groups
-    scale = _scale(norm, total, count(group, leaves))
+    scale = _safe_scale(norm, total, count(group, leaves))
 
     def rescue() -> jax.Array:
         dtype = accumulator(group, leaves)
-        sums = [_sum_at(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
+        sums = [_rescued_sum(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
         return mesh.combine([with_mesh_axes(group, sums)], kind_of(norm))[0]
 
     return SafeSum(lax.cond(jnp.all(scale == 1), lambda: total, rescue), scale)
 
 
-def partials(
+def group_partials(
     norm: str, group: Group, leaves: Sequence[jax.Array], dtype: np.dtype
 ) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
     """What each leaf on this device has of the group's sum, for `mesh.combine`."""
-    values = [_partial(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
+    values = [_sum(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
     return with_mesh_axes(group, values)
 
 
 # Compiled into the caller like the rest; `jax.jit` spares tracing it again for each leaf.
 @functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "scales"))
-def _partials(
+def _sums_at(
     norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scales: tuple[float, ...]
 ) -> list[jax.Array]:
     sums = []
     for scale in scales:
         parts = real_parts(x, dtype)
         if scale != 1:
-            # Of a leaf that is a number times something XLA would else multiply the two numbers
-            # first, which leaves the range; it does not look behind a magnitude.
+            # In a leaf that is c * y, XLA would turn (c * y) * scale into y * (c * scale), where
+            # c * scale can leave the range. It does not do so through a magnitude.
             parts = [lax.mul(lax.abs(part), lax.full_like(part, scale)) for part in parts]
             if norm == "l2":
-                # Of a leaf that XLA knows it would square the scale first, to the same end.
+                # In a leaf that is a constant, XLA would likewise square the scale first.
                 bound = float(jnp.finfo(dtype).max)
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
         sums.append(sum_of(norm, parts, axes))
     return sums
 
 
-def _sum_at(
+def _rescued_sum(
     norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array
 ) -> jax.Array:
-    # Tied to the leaf, for leaves of one shape that shared a scale would also share its
-    # broadcast: a temporary of their size. And for the reason above.
+    # Tied to the leaf: leaves of one shape that shared a scale would also share its broadcast, a
+    # temporary of their size. And XLA cannot multiply the scale with a number within the leaf.
     scale, x = lax.optimization_barrier((scale, x))
-    return _partial(norm, x, axes, dtype, scale)
+    return _sum(norm, x, axes, dtype, scale)
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype"))
-def _partial(
+def _sum(
     norm: str,
     x: jax.Array,
     axes: tuple[int, ...],
@@ -232,7 +232,7 @@ def kind_of(norm: str) -> Literal["sum", "max"]:
     return "max" if norm == "linf" else "sum"
 
 
-def _scale(norm: str, total: jax.Array, count: int) -> jax.Array:
+def _safe_scale(norm: str, total: jax.Array, count: int) -> jax.Array:
     """The power of two at which to take `total` instead, 1 where it is good as it is."""
     safe = RANGES[total.dtype]
     up, one, down = (lax.full_like(total, choice) for choice in (safe.up, 1, safe.down))

@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_unitscale.groups import Group, Plan, assign, make_plan
-from optax_unitscale.leaves import accumulator, alone, cross_devices, root
+from optax_unitscale.leaves import crosses_devices, renumbered, root
 from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
 from optax_unitscale.wide import divide_small, is_small
 
@@ -74,7 +74,8 @@ def unit_scale(
     Numerics:
       Sums are accumulated in float32, or float64 for float64 and complex128, at a power-of-two
       scale where squares would overflow or be lost; on CPU, those of leaves of at most 2048
-      elements, and on GPU those over rows, in float64, which needs no scale. There is no epsilon.
+      elements, and on GPU those over rows, in float64 where float32 is not wide enough, which needs
+      no scale. There is no epsilon.
       The norm of the result is 1 within a few units of the leaf's precision for every element in
       the dtype's normal range. Subnormal elements are zero where the platform flushes them, as XLA
       does on CPU; elsewhere a norm below the smallest normal number is taken as that. A power of
@@ -104,6 +105,9 @@ def unit_scale(
       Gradient Method" (per tensor), https://arxiv.org/abs/1707.04822.
     """
     plan = make_plan("unit_scale", norm, scope, axis, axis_name)
+    if isinstance(min_norm, int) and not isinstance(min_norm, bool):
+        # NumPy would hold a large one as an object; none beyond float64 is in range.
+        min_norm = float(min_norm) if min_norm.bit_length() < 1024 else np.inf
     _check_min_norm(min_norm)
     if not isinstance(min_norm, jax.Array):
         min_norm = float(np.asarray(min_norm))  # Integers would wrap around at 32 bits.
@@ -119,9 +123,10 @@ def unit_scale(
 def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
     scaled = list(leaves)
-    small = [group for group in groups if _is_small(group, leaves)]
-    others = [group for group in groups if not _is_small(group, leaves)]
-    for part, divide_part in ((small, _divide_small), (others, _divide)):
+    parts: tuple[list[Group], list[Group]] = [], []
+    for group in groups:
+        parts[is_small(group, leaves)].append(group)
+    for part, divide_part in ((parts[True], _divide_small), (parts[False], _divide)):
         members = [member.leaf for group in part for member in group.members]
         for leaf, x in zip(members, divide_part(plan.norm, part, leaves, min_norm), strict=True):
             scaled[leaf] = x
@@ -135,7 +140,7 @@ def _divide(
     scaled = []
     for group, measured in zip(groups, group_norms(norm, groups, leaves), strict=True):
         times = root(norm, group, leaves)
-        by = divisor(_at_least(min_norm, times, measured))
+        by = divisor(_at_least(min_norm, measured, times))
         scaled += [divide(leaves[m.leaf], by, m.axes, times) for m in group.members]
     return scaled
 
@@ -171,20 +176,15 @@ def _by_group(
     min_norm: jax.Array,
 ) -> list[jax.Array]:
     """Groups that are alike are traced once; those that cross devices, together, in one go."""
-    if any(cross_devices(group, leaves) for group in groups):
+    if any(crosses_devices(group, leaves) for group in groups):
         return divide_part(norm, groups, leaves, min_norm)
     divide_one = jax.jit(divide_part, static_argnums=(0, 1))
-    return [x for g in groups for x in divide_one(norm, *alone(g, leaves), min_norm)]
+    return [x for g in groups for x in divide_one(norm, *renumbered(g, leaves), min_norm)]
 
 
-def _is_small(group: Group, leaves: Sequence[Any]) -> bool:
-    is_double = accumulator(group, leaves) == np.float64
-    return not is_double and all(is_small(leaves[member.leaf]) for member in group.members)
-
-
-@functools.partial(jax.jit, static_argnames="times")
-def _at_least(min_norm: jax.typing.ArrayLike, times: float, measured: ScaledNorm) -> ScaledNorm:
-    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * (measured.factor * times)
+@functools.partial(jax.jit, static_argnames="root")
+def _at_least(min_norm: jax.typing.ArrayLike, measured: ScaledNorm, root: float) -> ScaledNorm:
+    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * (measured.factor * root)
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
     return ScaledNorm(jnp.maximum(value, floor), measured.factor)

@@ -14,8 +14,8 @@ from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.leaves import complex_of, real_parts, root, with_mesh_axes
-from optax_unitscale.sums import kind_of, partials, sum_of, sums_with_rescue
+from optax_unitscale.leaves import accumulator, complex_of, real_parts, root, with_mesh_axes
+from optax_unitscale.sums import group_partials, kind_of, sum_of, sums_with_rescue
 
 __all__ = ["column_norms", "divide_small", "is_columns", "is_small", "wide_norms"]
 
@@ -23,14 +23,19 @@ __all__ = ["column_norms", "divide_small", "is_columns", "is_small", "wide_norms
 SMALL = 2048
 
 
-def is_small(x: jax.Array) -> bool:
-    """Whether a leaf goes through float64."""
+def is_small(group: Group, leaves: Sequence[jax.Array]) -> bool:
+    """Whether all of a group is small and, on CPU, goes through float64."""
+    is_double = accumulator(group, leaves) == np.float64
+    return not is_double and all(_is_small(leaves[member.leaf]) for member in group.members)
+
+
+def _is_small(x: jax.Array) -> bool:
     # A size that jax.export leaves open is not an int.
     return isinstance(x.size, int) and x.size <= SMALL
 
 
 def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """The norm of each group in float64; for "rms" the l2 norm.
+    """The norm of each group in float64.
 
     Args:
       norm: "l2", "l1" or "linf".
@@ -44,7 +49,7 @@ def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
     large = [_only(group, leaves, small=False) for group in groups]
     rescued = iter(sums_with_rescue(norm, [group for group in large if group.members], leaves))
     with jax.enable_x64(True):
-        taken = [partials(norm, group, leaves, np.dtype(np.float64)) for group in small]
+        taken = [group_partials(norm, group, leaves, np.dtype(np.float64)) for group in small]
         for pairs, group in zip(taken, large, strict=True):
             if group.members:
                 total, scale = (lax.convert_element_type(x, np.float64) for x in next(rescued))
@@ -131,5 +136,5 @@ def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Arra
 
 
 def _only(group: Group, leaves: Sequence[jax.Array], small: bool) -> Group:
-    members = tuple(m for m in group.members if is_small(leaves[m.leaf]) == small)
+    members = tuple(m for m in group.members if _is_small(leaves[m.leaf]) == small)
     return Group(group.name, members)

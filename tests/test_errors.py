@@ -42,14 +42,14 @@ def refuse(error: type[Exception], text: str, tree: Any, **options: Any) -> None
         ({"norm": "l3"}, ValueError, "norm is 'l3', expected one of l2, rms, l1, linf."),
         ({"scope": "layer"}, ValueError, "scope is 'layer', expected 'leaf', 'global', a pytree"),
         ({"scope": None}, ValueError, "scope is None, expected 'leaf', 'global', a pytree of lab"),
-        ({"axis": {"a": np.arange(2)}}, TypeError, "scope, axis and...hashable...'numpy.ndarray'"),
+        ({"axis": {"a": np.arange(2)}}, TypeError, "axis gives array([0, 1]) for a, expected None"),
         ({"scope": {"a": {"x"}}}, TypeError, "scope, axis and...hashable...'set'. Pass a function"),
     ],
     ids=["norm", "scope", "none", "axis", "labels"],
 )
 def test_an_argument_that_fits_no_tree_is_refused_before_there_is_one(options, error, text):
     refuse(error, text, ONE, **options)
-    with pytest.raises(error, match=text.split("...")[0]):
+    with pytest.raises(error, match=re.escape(text.split("...")[0])):
         unit_scale(**options)
 
 
@@ -86,6 +86,9 @@ def test_axes_that_miss_a_leaf_are_refused():
 def test_axes_that_stand_for_no_leaf_are_refused():
     text = "axis has an entry at 'kernal', where the updates have none. They have ['a']."
     refuse(ValueError, text, ONE, axis={"a": 0, "kernal": 0})
+    many = {f"layer{i}": sample(2) for i in range(50)}
+    text = "axis has an entry at 'kernal'...They have ['layer0', ...'layer26'] and 30 more."
+    refuse(ValueError, text, many, axis={"kernal": 0} | dict.fromkeys(many, 0))
     text = "axis has an entry at '0'...['a']. The axes of one leaf are an int or a tuple, not a li"
     refuse(ValueError, text, ONE, axis=[0, 1])
 
@@ -98,10 +101,17 @@ def test_a_mesh_axis_that_nothing_around_the_call_has_is_refused():
 
 @pytest.mark.parametrize("nonsense", ["0", 0.5, True, [0], (0, None), (True,)], ids=str)
 def test_axes_that_are_not_integers_are_refused(nonsense):
-    text = f"axis gives {nonsense!r} for updates['a'], expected None, an int, or a tuple of ints."
-    refuse(TypeError, text, ONE, axis=lambda path, leaf: nonsense)
+    text = "axis gives {!r} for {}, expected None, an int, or a tuple of ints."
+    refuse(TypeError, text.format(nonsense, "updates['a']"), ONE, axis=lambda path, x: nonsense)
     if not isinstance(nonsense, (list, tuple)):
-        refuse(TypeError, text, ONE, axis={"a": nonsense})
+        refuse(TypeError, text.format(nonsense, "a"), ONE, axis={"a": nonsense})
+
+
+def test_what_equals_an_axis_but_is_none_is_refused_after_the_axis_was_taken():
+    for axis in (0, 1):
+        scaled(ONE, axis=axis)
+    for nonsense in (True, False, 0.0, 1.0):
+        refuse(TypeError, f"axis gives {nonsense} for updates, expected", ONE, axis=nonsense)
 
 
 def test_axes_that_a_leaf_does_not_have_are_refused():
@@ -139,12 +149,6 @@ def test_axes_of_a_leaf_without_axes_are_refused():
     assert scaled({"a": jnp.float32(-2)}, axis=()) == {"a": -1}
 
 
-def test_two_groups_of_one_name_are_refused_by_gradient_norms():
-    tree = {"a/b": sample(2), "a": {"b": sample(2)}}
-    with pytest.raises(ValueError, match=r"gradient_norms: some of the groups .* Rename a key"):
-        gradient_norms(tree)
-
-
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
 @pytest.mark.parametrize("floor", [-1.0, np.nan, np.inf, -np.inf])
 def test_min_norm_outside_its_range_is_refused(floor, kind):
@@ -169,7 +173,7 @@ def test_min_norm_that_is_no_real_number_is_refused(floor):
 
 
 def test_a_schedule_as_min_norm_is_refused_and_inject_hyperparams_mentioned():
-    schedule = optax.constant_schedule(1.0)
+    schedule: Any = optax.constant_schedule(1.0)
     with pytest.raises(TypeError, match=r"number\. A schedule goes through optax\.inject_hy"):
         unit_scale(min_norm=schedule)
     assert optax.inject_hyperparams(unit_scale)(min_norm=schedule).init(ONE)
@@ -177,6 +181,6 @@ def test_a_schedule_as_min_norm_is_refused_and_inject_hyperparams_mentioned():
 
 def test_a_whole_number_is_a_min_norm_however_large():
     x = jnp.array([3.0, 4.0])
-    for floor in (10**12, np.int64(10**12), 2**63, np.longdouble(1e12), np.float16(6e4)):
+    for floor in (10**12, np.int64(10**12), 2**63, 10**20, np.longdouble(1e12), np.float16(6e4)):
         result = unit_scale(min_norm=floor).update(x, EMPTY)[0]
         np.testing.assert_allclose(np.asarray(result), [3 / float(floor), 4 / float(floor)], 1e-6)

@@ -171,7 +171,7 @@ def test_a_snapshot_in_the_chain_holds_the_norms_of_each_step(measure, expected)
     ids=["paths", "labels"],
 )
 def test_two_groups_of_one_name_are_refused(tree, scope, name):
-    text = rf"gradient_norms: some of the groups \['{name}', '{name}'\] have the same name. Rename"
+    text = rf"gradient_norms: several groups are named \['{name}'\]\. Rename a key"
     tree = jax.tree.map(lambda x: x.astype(np.float32), tree)
     with pytest.raises(ValueError, match=text):
         gradient_norms(tree, scope=scope)
