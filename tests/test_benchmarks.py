@@ -202,7 +202,8 @@ def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_p
     folder = out / "checkpoints" / "unit_scale"
     # Before any step; by Ctrl-C while the first compiles; as the first checkpoint begins to be
     # written; after the second.
-    stop_after(start(out), out, signal.SIGKILL)
+    killed = start(out)
+    stop_after(killed, out, signal.SIGKILL)
     interrupted = start(out, "--resume")
     said = stop_after(interrupted, out / "checkpoints", signal.SIGINT)
     assert interrupted.returncode == 130, said
@@ -216,7 +217,9 @@ def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_p
         time.sleep(0.0005)
     writing.kill()
     writing.communicate(timeout=120)
-    stop_after(start(out, "--resume"), folder / "4" / "_CHECKPOINT_METADATA", signal.SIGKILL)
+    written = start(out, "--resume")
+    stop_after(written, folder / "4" / "_CHECKPOINT_METADATA", signal.SIGKILL)
+    assert [x.returncode for x in (killed, writing, written)] == [-signal.SIGKILL] * 3
     last = start(out, "--resume")
     said = last.communicate(timeout=120)[0]
     assert last.returncode == 0, said

@@ -36,11 +36,15 @@ def test_weights_are_a_function_of_the_seed():
     assert not np.array_equal(first, other)
 
 
-def test_splits_cover_the_text_and_share_none_of_it():
-    parts = language_modelling.splits()
-    text = "\n".join(t for _, t in sorted(pydoc_data.topics.topics.items())).encode()
-    assert b"".join(parts[name].tobytes() for name in ("train", "validation", "test")) == text
-    assert min(len(part) for part in parts.values()) > 10_000
+def test_splits_hold_each_paragraph_of_the_text_once_and_share_none():
+    parts = {name: part.tobytes() for name, part in language_modelling.splits().items()}
+    assert list(parts) == ["train", "validation", "test"]
+    paragraphs = b"".join(parts.values()).decode().split("\n\n")
+    topics = "\n\n".join(topic.strip() for topic in pydoc_data.topics.topics.values())
+    assert sorted(paragraphs) == sorted(set(topics.split("\n\n")))
+    assert min(map(len, parts.values())) > 10_000
+    lines = {name: {x for x in part.splitlines() if len(x) > 60} for name, part in parts.items()}
+    assert not lines["test"] & (lines["train"] | lines["validation"])
 
 
 def test_a_later_token_does_not_change_earlier_logits():
@@ -59,7 +63,7 @@ def test_a_module_in_the_folder_is_a_task():
     assert all(callable(module.load) for module in modules)
 
 
-def test_every_contender_has_a_learning_rate():
+def test_every_optimizer_that_train_shows_has_a_learning_rate():
     assert set(language_modelling.load().learning_rates) == set(SHOWN)
 
 

@@ -140,5 +140,5 @@ def test_a_size_that_no_member_has_is_refused_in_one_line(capsys):
     assert "mlp_width has 64, 256, 1024, 4096, none of which was named" in capsys.readouterr().err
 
 
-def test_every_optimizer_that_is_compared_is_a_contender():
+def test_every_optimizer_that_is_transferred_is_a_contender():
     assert set(TRANSFERRED) <= set(CONTENDERS)

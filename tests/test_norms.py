@@ -49,7 +49,7 @@ def check_group(results, gradients, norm):
 def test_each_leaf_has_unit_norm_at_every_magnitude(norm, dtype, request):
     if dtype in WIDE:
         request.getfixturevalue("x64")
-    for shape, magnitude in itertools.product([(), (1,), (300,), (64, 130)], MAGNITUDES[dtype]):
+    for shape, magnitude in itertools.product([(), (300,), (64, 130)], MAGNITUDES[dtype]):
         gradient = sample(shape, dtype, magnitude)
         check_group([scaled(jnp.asarray(gradient), norm)], [gradient], norm)
 
@@ -157,21 +157,21 @@ def test_millions_of_elements_have_unit_norm(shape):
     assert abs(np.sqrt(np.sum(result**2)) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_a_hundred_million_elements_have_unit_norm(norm):
+def test_a_hundred_million_elements_have_unit_norm():
     blocks = np.random.default_rng(0).random((100, 10**6), np.float32) * np.float32(1e25)
-    results = np.asarray(scaled(jnp.asarray(blocks.ravel()), norm)).reshape(blocks.shape)
-    order = {"l1": 1, "linf": np.inf}.get(norm, 2)
 
-    def whole(array):
+    def whole(array, norm):
         # Float64 holds the squares, and the sum of a block's to within 1e-15.
+        order = {"l1": 1, "linf": np.inf}.get(norm, 2)
         norms = [np.linalg.norm(block.astype(np.float64), order) for block in array]
         return np.linalg.norm(norms, order) / (np.sqrt(array.size) if norm == "rms" else 1)
 
-    assert abs(whole(results) - 1) < 1e-6
-    by = whole(blocks)
-    for result, block in zip(results[::10], blocks[::10], strict=True):
-        np.testing.assert_allclose(result, np.float64(block) / by, rtol=4 * 2.0**-23)
+    for norm in NORMS:
+        results = np.asarray(scaled(jnp.asarray(blocks.ravel()), norm)).reshape(blocks.shape)
+        assert abs(whole(results, norm) - 1) < 1e-6
+        by = whole(blocks, norm)
+        for result, block in zip(results[::10], blocks[::10], strict=True):
+            np.testing.assert_allclose(result, np.float64(block) / by, rtol=4 * 2.0**-23)
 
 
 @pytest.mark.usefixtures("leaf_size")
@@ -182,13 +182,6 @@ def test_a_power_of_two_does_not_change_the_result(norm, power):
     before = np.asarray(scaled(jnp.asarray(gradient), norm))
     after = np.asarray(scaled(jnp.asarray(gradient * np.float32(2.0**power)), norm))
     np.testing.assert_array_equal(after, before)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_scaling_twice_is_scaling_once(norm):
-    once = scaled(jnp.asarray(sample((50, 20), "float32", 1e-25)), norm)
-    twice = scaled(once, norm)
-    np.testing.assert_allclose(np.asarray(twice), np.asarray(once), rtol=3 * 2.0**-23)
 
 
 @pytest.mark.usefixtures("leaf_size")
@@ -236,13 +229,14 @@ def test_gradient_norms_are_exact_where_float32_squares_are_not():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_xla_knows_of_a_gradient_changes_nothing(norm):
-    for shape, value in itertools.product([(), (4,), (4, 16)], [0.0, 1e-30, 1.0, 1e25, 1e37]):
-        gradient = np.full(shape, value, np.float32)
+    known = list(itertools.product([(), (4,), (4, 16)], [0.0, 1e-30, 1.0, 1e25, 1e37]))
 
-        def update(_, shape=shape, value=value):
-            return scaled(jnp.full(shape, value), norm)
+    def update(_):
+        return scaled([jnp.full(shape, value) for shape, value in known], norm)
 
-        for result in (jax.jit(update)(0), as_for_gpu(update, 0)(0)):
+    for results in (jax.jit(update)(0), as_for_gpu(update, 0)(0)):
+        for result, (shape, value) in zip(results, known, strict=True):
+            gradient = np.full(shape, value, np.float32)
             if value:
                 check_group([result], [gradient], norm)
             else:
@@ -278,16 +272,22 @@ def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("run", [lambda f, x: f(x), lambda f, x: as_for_gpu(f, x)(x)])
 def test_a_nan_is_not_lost_in_a_leaf_of_any_size(norm, run):
-    for shape in [(3,), (3000,), (4096,), (64, 64), (100000,)]:
-        x = jnp.ones(shape).ravel().at[-2].set(jnp.nan).reshape(shape)
-        assert np.isnan(run(lambda x: scaled(x, norm), x)).all()
-        assert np.isnan(run(lambda x: gradient_norms(x, norm)["updates"], x))
+    leaves = [np.ones(shape, np.float32) for shape in [3, 3000, 4096, (64, 64), 100000]]
+    for x in leaves:
+        x.ravel()[-2] = np.nan
+
+    def update(leaves):
+        return scaled(leaves, norm), list(gradient_norms(leaves, norm).values())
+
+    for result, measured in zip(*run(update, leaves), strict=True):
+        assert np.isnan(result).all()
+        assert np.isnan(measured)
     rows = jnp.ones((100, 100)).at[3, 5].set(jnp.nan)
     assert np.isnan(jax.vmap(lambda x: scaled(x, norm))(rows)).sum() == 100
 
 
 def test_a_nan_is_not_lost_among_thousands_of_leaves():
-    values = [jnp.ones(())] * 4999 + [jnp.full((), jnp.nan)]
+    values = [jnp.ones(())] * 999 + [jnp.full((), jnp.nan)]
     for kind in ("max", "sum"):
         (result,) = mesh.combine([[(value, ()) for value in values]], kind)
         assert np.isnan(result)
@@ -297,13 +297,15 @@ def test_a_nan_is_not_lost_among_thousands_of_leaves():
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_number_times_a_leaf_is_not_taken_apart(norm, axis):
     # XLA would multiply the number with the power of two of a sum.
-    cases = [(1e15, 0), (1e15, 1e-36), (1e-9, 1e37), (1e-30, 1e36), (1e30, 1e-30), (2.0**49, 0)]
-    for factor, value in cases:
-        x = jnp.full((3, 4), value)
+    values = {1e15: 0, 1.01e15: 1e-36, 1e-9: 1e37, 1e-30: 1e36, 1e30: 1e-30, 2.0**49: 0}
+    leaves = [jnp.full((3, 4), value, jnp.float32) for value in values.values()]
 
-        def update(x, factor=factor):
-            return scaled(x * jnp.float32(factor), norm, axis=axis)
+    def update(leaves):
+        multiplied = [x * jnp.float32(by) for x, by in zip(leaves, values, strict=True)]
+        return scaled(multiplied, norm, axis=axis)
 
-        expected = update(x) if value == 0 else scaled(jnp.ones((3, 4)), norm, axis=axis)
-        for result in (jax.jit(update)(x), as_for_gpu(update, x)(x)):
+    unit = scaled(jnp.ones((3, 4)), norm, axis=axis)
+    for results in (jax.jit(update)(leaves), as_for_gpu(update, leaves)(leaves)):
+        for result, value in zip(results, values.values(), strict=True):
+            expected = unit if value else jnp.zeros((3, 4))
             np.testing.assert_allclose(result, expected, rtol=3 * 2.0**-23)

@@ -48,8 +48,9 @@ sys.addaudithook(refuse)
 import jax, optax
 before = set(sys.modules)
 import optax_unitscale
-print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 optax_unitscale.unit_scale().update([jax.numpy.ones(3)], optax.EmptyState())
+optax_unitscale.norm_ratios([{"a": 1.0}])
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
 
 

@@ -1,6 +1,5 @@
 """The table and the picture show what was recorded, and flag what is amiss."""
 
-import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -228,14 +227,3 @@ def test_without_the_extra_the_error_says_what_to_install(missing, call, monkeyp
     message = rf": {missing} is not installed. Install it: pip install 'optax-unitscale\[plot\]'"
     with pytest.raises(ModuleNotFoundError, match=message):
         call()
-
-
-def test_the_package_alone_imports_neither_rich_nor_matplotlib():
-    program = (
-        "import sys, optax_unitscale\n"
-        "optax_unitscale.norm_ratios([{'a': 1.0}])\n"
-        "print([name for name in ('matplotlib', 'rich') if name in sys.modules])"
-    )
-    command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -3,7 +3,7 @@
 A new structure costs a compilation, so most properties are tested on many values of few structures.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ EXAMPLES = settings(
     # 64-bit types stay on for all examples of a test that asks for them.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-MANY, FEW = settings(EXAMPLES, max_examples=40), settings(EXAMPLES, max_examples=20)
+# Each of the few has a structure of its own.
+MANY, FEW = settings(EXAMPLES, max_examples=40), settings(EXAMPLES, max_examples=10)
 
 MIXED = {
     "a": spec((17,), "float16"),
@@ -111,7 +112,7 @@ def check_all(result: Any, gradient: Any, norm: str, of: Case) -> None:
         check_unit(results, rows, norm)
 
 
-def draw(data: st.DataObject, known: dict[str, Case], norm: str) -> tuple[Case, Any]:
+def draw(data: st.DataObject, known: dict[str, Case]) -> tuple[Case, Any]:
     of = known[data.draw(st.sampled_from([*known]))]
     gradient = data.draw(gradients(of.tree))
     return of, gradient
@@ -132,16 +133,18 @@ def test_any_tree_with_any_groups_keeps_its_structure_and_gets_unit_norms(pool, 
 @every_norm
 @given(data=st.data())
 @MANY
-def test_each_group_has_unit_norm_and_keeps_its_direction(pool, norm, data):
-    of, gradient = draw(data, pool[1], norm)
-    check_all(scaled(gradient, norm, of), gradient, norm, of)
-
-
-@every_norm
-@given(data=st.data())
-@MANY
-def test_powers_of_two_do_not_change_the_result(pool, norm, data):
-    of, gradient = draw(data, pool[1], norm)
+def test_groups_get_unit_norms_that_neither_scaling_again_nor_powers_of_two_change(
+    pool, norm, data
+):
+    of, gradient = draw(data, pool[1])
+    once = scaled(gradient, norm, of)
+    check_all(once, gradient, norm, of)
+    twice = scaled(once, norm, of)
+    for first, second in zip(groups(once, of), groups(twice, of), strict=True):
+        for a, b in zip(first, second, strict=True):
+            # Both are rounded, and the second divides by a norm that the first left not quite 1.
+            steps = 2 + tolerance(first, norm) / oracle.epsilon(a.dtype)
+            check_near(b, a, a.dtype, steps)
     leaves, structure = jax.tree.flatten(gradient)
     for label in set(of.labels):
         indices = [i for i, own in enumerate(of.labels) if own == label]
@@ -149,8 +152,8 @@ def test_powers_of_two_do_not_change_the_result(pool, norm, data):
         for i in indices:
             leaves[i] = multiply(leaves[i], power)
     multiplied = jax.tree.unflatten(structure, leaves)
-    pairs = [groups(scaled(x, norm, of), of) for x in (gradient, multiplied)]
-    for before, after in zip(*pairs, strict=True):
+    again = scaled(multiplied, norm, of)
+    for before, after in zip(groups(once, of), groups(again, of), strict=True):
         # XLA fuses the addition of two products, each the square of a complex number's part or the
         # sum of a small leaf's squares, as it likes, and may do it otherwise where it sums again.
         is_exact = norm in ("l1", "linf") or (len(before) == 1 and np.isrealobj(before[0]))
@@ -181,20 +184,6 @@ def multiply(x: np.ndarray, power: int) -> np.ndarray:
 @every_norm
 @given(data=st.data())
 @MANY
-def test_scaling_twice_is_scaling_once(pool, norm, data):
-    of, gradient = draw(data, pool[1], norm)
-    once = scaled(gradient, norm, of)
-    twice = scaled(once, norm, of)
-    for first, second in zip(groups(once, of), groups(twice, of), strict=True):
-        for a, b in zip(first, second, strict=True):
-            # Both are rounded, and the second divides by a norm that the first left not quite 1.
-            steps = 2 + tolerance(first, norm) / oracle.epsilon(a.dtype)
-            check_near(b, a, a.dtype, steps)
-
-
-@every_norm
-@given(data=st.data())
-@MANY
 def test_the_order_of_leaves_is_irrelevant(norm, data):
     """Alone to the last bit; together to three steps, for sums in another order differ."""
     gradient = data.draw(gradients([spec((3,))] * 5))
@@ -209,7 +198,7 @@ def test_the_order_of_leaves_is_irrelevant(norm, data):
             check_near(x, before[i], x.dtype, steps=3)
 
 
-@every_norm
+@pytest.mark.parametrize("norm", ["l2", "rms"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_thousand_squares_below_normal_count_beside_a_larger_one(norm, dtype, x64):
     finfo = np.finfo(dtype)
@@ -230,23 +219,3 @@ def test_the_lowest_elements_among_zeros_have_unit_rms(dtype, size):
     result, _ = unit_scale("rms").update(gradient, optax.EmptyState())
     error = abs(oracle.norm_of([np.asarray(result)], "rms") - 1)
     assert error <= oracle.epsilon(gradient.dtype)
-
-
-@pytest.mark.parametrize("tree", [{}, None, [{}, ()], {"a": np.zeros((0, 3), np.float32)}])
-def test_trees_without_elements_pass(tree):
-    result = scaled(tree, "l2", case(tree))
-    assert jax.tree.structure(result) == jax.tree.structure(tree)
-
-
-class ActorCritic(NamedTuple):
-    """Parameters of reinforcement learning, whose first field has the name of NNX's attribute."""
-
-    value: Any
-    policy: Any
-
-
-def test_labels_keep_apart_what_a_field_named_value_holds():
-    gradient = ActorCritic({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([4.0, 0.0])})
-    transformation = unit_scale(scope=ActorCritic("v", "p"))
-    result, _ = transformation.update(gradient, optax.EmptyState())
-    np.testing.assert_array_equal(np.asarray(jax.tree.leaves(result)), [[1, 0], [1, 0]])

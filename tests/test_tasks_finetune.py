@@ -146,18 +146,6 @@ def test_the_vectors_are_those_of_pytorch_and_of_numpy(name, checkpoint, model):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol)
 
 
-def test_the_bias_of_the_keys_that_the_model_leaves_out_changes_nothing():
-    tensors = random_tensors(SMALL)
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(1, SMALL.vocabulary, (3, 10))
-    kinds = rng.integers(2, size=(3, 10))
-    without = {name: 0 * x if name.endswith("key.bias") else x for name, x in tensors.items()}
-    for rows, others in zip(
-        forward(tensors, SMALL, tokens, kinds), forward(without, SMALL, tokens, kinds), strict=True
-    ):
-        np.testing.assert_allclose(rows, others, rtol=0, atol=1000 * epsilon(np.float64))
-
-
 def test_a_small_bert_computes_what_numpy_computes_and_ignores_padding():
     tensors = random_tensors(SMALL)
     model = Bert(SMALL, nnx.Rngs(0))

