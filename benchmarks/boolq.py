@@ -6,6 +6,7 @@ Source: Clark, Lee, Chang, Kwiatkowski, Collins, Toutanova 2019, BoolQ: Explorin
 Difficulty of Natural Yes/No Questions, https://arxiv.org/abs/1905.10044
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ class Examples(NamedTuple):
         return Examples(tuple(array[rows] for array in self.inputs), self.yes[rows])
 
 
+@functools.cache
 def splits() -> dict[str, list[Example]]:
     """The labelled questions, each once, divided by the Wikipedia article of the passage."""
     with data.archive(*PACKAGE) as wheel:
@@ -179,7 +181,9 @@ def _answers(examples: Examples, probabilities: np.ndarray, seed: int) -> str:
     ]
     accuracy, least = _accuracy(examples, probabilities), majority(examples)
     error = math.sqrt(least * (100 - least) / count)
-    verdict = "more" if accuracy - least > 2 * error else "a tie, within two standard errors"
+    verdict = "a tie, within two standard errors"
+    if not abs(accuracy - least) <= 2 * error:
+        verdict = "more" if accuracy > least else "not more"
     text = (
         f"{accuracy:.1f} % of {count} test answers are right; of always the same answer "
         f"{least:.1f} %: {verdict}"

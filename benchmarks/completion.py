@@ -31,7 +31,7 @@ __all__ = [
 Pair = tuple[str, str]
 PAD, SEPARATOR, END = range(3)
 VOCABULARY = 2000
-SHOWN = 200
+PROMPT_CHARACTERS = 200
 SPECIAL = ["<pad>", "<separator>", "<end>"]
 
 
@@ -154,7 +154,7 @@ class Pairs:
         start = seed % (len(completions) // count) * count
         chosen = slice(start, start + count)
         blocks = (
-            f"{shorten(prompt, SHOWN)}\n▸ {completion}\n= {wanted}"
+            f"{shorten(prompt, PROMPT_CHARACTERS)}\n▸ {completion}\n= {wanted}"
             for (prompt, wanted), completion in zip(
                 self.splits["test"][chosen], completions[chosen], strict=True
             )

@@ -73,7 +73,7 @@ def divide(items: Iterable[_Item], unit: Callable[[_Item], str]) -> dict[str, li
     """Nine tenths to train on, one twentieth each to validate and to test, in a fixed random order.
 
     Args:
-      items: the data, each item of one `repr`.
+      items: the data, each with a `repr` that is always the same.
       unit: what must not be in two splits, such as an item's document.
     """
     splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}

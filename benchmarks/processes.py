@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=mesh_sizes(AXES),
         metavar="data=N,fsdp=M",
         help="train on N times M devices, virtual ones where there is only a CPU: batches are "
-        "split over all, parameters over fsdp (default: one device, or data=all of several "
-        "processes')",
+        "split over all, parameters over fsdp (default: one device; with --coordinator "
+        "data, over the devices of all processes)",
     )
     parser.add_argument(
         "--coordinator",

@@ -124,8 +124,8 @@ def lars(
     .. math:: v_t = \beta v_{t-1} + \alpha \eta \|\theta_t\| \, g_t / \|g_t\|, \quad
               \theta_{t+1} = \theta_t - v_t
 
-    As `optax.lars`, and exact where the gradient vanishes. Where the parameter is 0, the step is
-    that of unit norm, :math:`\alpha`, as there.
+    As `optax.lars`, and exact where the gradient vanishes. Where the parameter is 0 the step has
+    length :math:`\alpha`; that of `optax.lars` is :math:`\alpha \|g_t\|` there.
 
     Source: You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks",
     https://arxiv.org/abs/1708.03888.

@@ -11,20 +11,34 @@ from typing import NoReturn
 from benchmarks import training
 from benchmarks.arguments import Parser
 
-__all__ = ["check_same", "folder", "make", "open_log"]
+__all__ = ["check_same", "choose_folder", "make_folder", "open_log", "write"]
 
 RUNS = pathlib.Path("runs")
 
 
-def make(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path:
+def make_folder(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path:
     """Makes the folder that --out names, or a new one under runs/, if it can be written to."""
-    out = out or RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    new = RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
+        while out is None:
+            try:
+                new.mkdir(parents=True)
+                out = new
+            except FileExistsError:
+                # Another run began in the same second.
+                new = new.with_name(f"{new.name}-2")
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except (OSError, ValueError) as error:
-        _cannot_use(parser, out, error)
+        _cannot_use(parser, out or new, error)
     return out
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is whole or as it was, whenever the process ends."""
+    whole = path.with_suffix(".new")
+    whole.write_text(text)
+    whole.replace(path)
 
 
 def open_log(parser: Parser, path: pathlib.Path) -> training.Log:
@@ -35,7 +49,7 @@ def open_log(parser: Parser, path: pathlib.Path) -> training.Log:
         _cannot_use(parser, path.parent, error)
 
 
-def folder(
+def choose_folder(
     parser: Parser, options: argparse.Namespace, command: str, parts: Sequence[str]
 ) -> pathlib.Path | None:
     """The folder that --out and --resume ask for.

@@ -2,11 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from benchmarks import optimizers
+from benchmarks import machine, optimizers
 from benchmarks.sharding import Layout
 from benchmarks.tasks import Task
 
@@ -78,15 +76,12 @@ class Log:
 
 def describe(config: Config, layout: Layout) -> Entry:
     """The entry that opens a run: its configuration, its data, and what computed it."""
-    packages = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
     return {
         "kind": "run",
         **dataclasses.asdict(config),
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **machine.about("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy"),
         "mesh": dict(layout.mesh.shape) if layout.mesh else None,
         "processes": jax.process_count(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 

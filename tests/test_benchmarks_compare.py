@@ -17,8 +17,8 @@ import pytest
 from benchmarks import __main__, tasks
 from benchmarks.commands.compare import PRESETS
 from benchmarks.optimizers import COMPARED, CONTENDERS
-from benchmarks.sweep import jobs, search, verdicts
-from benchmarks.sweep.search import Plan, half_decade, next_index, tune
+from benchmarks.sweep import compare_search, jobs, verdicts
+from benchmarks.sweep.compare_search import Plan, half_decade, next_index, tune
 from benchmarks.sweep.summary import standings
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
@@ -298,6 +298,6 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, options, message
 
 
 def test_a_process_that_fails_is_reported():
-    job = search.Job(TASK, "nobody", PLAN)
+    job = compare_search.Job(TASK, "nobody", PLAN)
     with pytest.raises(RuntimeError, match=f"nobody on {TASK} ended with status 1"):
-        list(jobs.run(search.work, [job], 1, lambda: False))
+        list(jobs.run(compare_search.work, [job], 1, lambda: False))

@@ -14,7 +14,7 @@ from test_benchmarks_compare import trial
 
 from benchmarks import __main__
 from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, TRANSFERRED
-from benchmarks.sweep import fine
+from benchmarks.sweep import transfer_search
 from benchmarks.sweep.families import FAMILIES
 
 
@@ -26,23 +26,25 @@ def test_the_search_ends_at_the_best_index_and_looks_at_few(best):
         asked.append((index, seed))
         return 1.0 + 0.01 * (index - best) ** 2 + 0.001 * seed
 
-    assert fine.find(loss, start=-2) == best
+    assert transfer_search.find(loss, start=-2) == best
     assert len(set(asked)) <= 20
     assert {(best - 1, 1), (best, 1), (best + 1, 1)} <= set(asked)
 
 
 def test_the_search_leaves_runs_that_diverged_behind():
-    assert fine.find(lambda i, _: math.inf if i > -9 else (i + 12) ** 2.0, start=0) == -12
+    assert (
+        transfer_search.find(lambda i, _: math.inf if i > -9 else (i + 12) ** 2.0, start=0) == -12
+    )
 
 
 def test_the_second_seed_can_move_the_best():
     losses = {0: lambda i: (i - 4.0) ** 2, 1: lambda i: 3 * (i - 6.0) ** 2}
     # Of the sum, 4 i² - 44 i + ..., the least is at 5.5.
-    assert fine.find(lambda i, seed: losses[seed](i), start=4) in (5, 6)
+    assert transfer_search.find(lambda i, seed: losses[seed](i), start=4) in (5, 6)
 
 
 def test_rates_are_factors_of_root_two_apart():
-    assert [fine.rate_of(i) for i in (-2, -1, 0, 1, 2)] == [0.5, 0.7071, 1.0, 1.414, 2.0]
+    assert [transfer_search.rate_of(i) for i in (-2, -1, 0, 1, 2)] == [0.5, 0.7071, 1.0, 1.414, 2.0]
 
 
 def test_the_best_rate_counts_only_where_every_seed_ran():
@@ -50,10 +52,10 @@ def test_the_best_rate_counts_only_where_every_seed_ran():
         return trial(rate=rate, seed=seed, losses=[4.0, loss])
 
     trials = [at(0.1, 0, 1.0), at(0.1, 1, 3.0), at(0.2, 0, 1.5), at(0.2, 1, 1.7), at(0.4, 0, 0.1)]
-    assert fine.best(trials) == (0.2, 1.6, pytest.approx(0.2))
-    assert fine.best(trials[-1:]) is None
+    assert transfer_search.best(trials) == (0.2, 1.6, pytest.approx(0.2))
+    assert transfer_search.best(trials[-1:]) is None
     # Twice what it began with is a run that diverged.
-    assert fine.final_loss(at(0.1, 0, 9.0)) == math.inf
+    assert transfer_search.final_loss(at(0.1, 0, 9.0)) == math.inf
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -112,11 +114,14 @@ def test_unit_scale_with_shape_makes_steps_of_the_spectral_length(name, of_vecto
 
 def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path, capsys):
     command = ["transfer", "--family", "mlp_width", "--preset", "try", "--workers", "2"]
+    # Which has neither of the sizes.
+    command += ["--family", "gpt_depth"]
     sizes = ["--size", "64", "--size", "256"]
     only = ["--optimizer", "unit_scale_shape", "--out", str(tmp_path)]
     assert __main__.main([*command, *sizes, *only]) == 0
     text = capsys.readouterr().out
     assert re.search(r"unit_scale_shape +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ ±", text)
+    assert not (tmp_path / "gpt_depth.jsonl").exists()
     before = (tmp_path / "mlp_width.jsonl").read_text()
     found = json.loads((tmp_path / "transfer.json").read_text())["mlp_width"]["unit_scale_shape"]
     assert set(found) == {"64", "256"}
@@ -127,7 +132,7 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
             for entry in entries
             if (entry["size"], entry["learning_rate"]) == (int(size), best["learning_rate"])
         ]
-        assert len(losses) == fine.SEEDS
+        assert len(losses) == transfer_search.SEEDS
         assert best["loss"] == pytest.approx(np.mean(losses))
     assert (tmp_path / "mlp_width.png").stat().st_size > 10_000
     assert __main__.main([*command, *sizes, *only, "--resume"]) == 0
@@ -137,7 +142,10 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
 def test_a_size_that_no_member_has_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["transfer", "--family", "mlp_width", "--size", "7"])
-    assert "mlp_width has 64, 256, 1024, 4096, none of which was named" in capsys.readouterr().err
+    assert (
+        "--size: none has 7, expected one of mlp_width: 64, 256, 1024, 4096\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_optimizer_that_is_transferred_is_a_contender():

@@ -12,16 +12,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import data, interrupt, runs
+from benchmarks import data, interrupt, machine, runs
 from benchmarks.arguments import Parser
 from benchmarks.optimizers import COMPARED
-from benchmarks.sweep import search, session, verdicts
+from benchmarks.sweep import compare_search, session, verdicts
 from benchmarks.sweep.figures import plot_rates
 from benchmarks.sweep.summary import NEAR, Standing, standings
 from benchmarks.sweep.trial import Trial
@@ -30,9 +31,9 @@ from benchmarks.tasks import TASKS, Task, load
 __all__ = ["PRESETS", "add_arguments", "run"]
 
 PRESETS = {
-    "cpu": search.Plan(rates=7, seeds=3, length=1.0, batch_size=1),
-    "try": search.Plan(rates=3, seeds=1, length=0.1, batch_size=1),
-    "accelerator": search.Plan(rates=9, seeds=5, length=10.0, batch_size=4),
+    "cpu": compare_search.Plan(rates=7, seeds=3, length=1.0, batch_size=1),
+    "try": compare_search.Plan(rates=3, seeds=1, length=0.1, batch_size=1),
+    "accelerator": compare_search.Plan(rates=9, seeds=5, length=10.0, batch_size=4),
 }
 
 # All but a run that takes minutes each time.
@@ -73,12 +74,12 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(options.task or SWEPT))
     contenders = list(dict.fromkeys(options.optimizer or COMPARED))
     plan = PRESETS[options.preset]
-    out = runs.folder(parser, options, "compare", ("*.jsonl",))
+    out = runs.choose_folder(parser, options, "compare", ("*.jsonl",))
     try:
         tasks = {name: load(name) for name in names}
     except data.UnavailableError as error:
         parser.error(f"argument --task: {error}")
-    out = runs.make(parser, out, "compare")
+    out = runs.make_folder(parser, out, "compare")
     logs = {name: runs.open_log(parser, out / f"{name}.jsonl") for name in names}
     for name, log in logs.items():
         session.begin(parser, log, _about(name, tasks[name], plan), FIXED)
@@ -87,14 +88,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     todo = []
     for name, optimizer in itertools.product(names, contenders):
         done = session.trials(logs[name], optimizer=optimizer)
-        job = search.Job(name, optimizer, plan, done)
+        job = compare_search.Job(name, optimizer, plan, done)
         todo.append((job, len(done), plan.rates + plan.seeds))
 
-    def record(job: search.Job, trial: Trial) -> None:
+    def record(job: compare_search.Job, trial: Trial) -> None:
         logs[job.task].append(kind="trial", **dataclasses.asdict(trial))
 
     with interrupt.deferred() as stop:
-        session.run(console, options, search.work, todo, record, stop)
+        session.run(console, options, compare_search.work, todo, record, stop)
         results = {}
         for name, task in tasks.items():
             trials = session.trials(logs[name])
@@ -114,7 +115,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _about(name: str, task: Task, plan: search.Plan) -> dict[str, Any]:
+def _about(name: str, task: Task, plan: compare_search.Plan) -> dict[str, Any]:
     """The entry that opens a task's file."""
     return {
         "task": name,
@@ -125,25 +126,27 @@ def _about(name: str, task: Task, plan: search.Plan) -> dict[str, Any]:
         "steps": plan.steps(task),
         "batch_size": task.batch_size * plan.batch_size,
         "plan": plan._asdict(),
-        **session.machine(),
+        **machine.about(*session.PACKAGES),
     }
 
 
 def _table(name: str, task: Task, places: Sequence[Standing]) -> Table:
     """One row an optimizer, the best first."""
     better = "higher" if task.higher_is_better else "lower"
+    seconds = "CPU s" if jax.default_backend() == "cpu" else "s"
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{name}: {task.metric}, {better} is better",
         caption="rate: the best of those tried, * at the edge of them. test: mean over the seeds; "
-        "range: of them. steps to, s: median over the seeds, from evaluations at every tenth of "
-        f"the run. near, own: decades of learning rate within {100 * NEAR:.0f} % of the best of "
-        "all, of its own best. lost: learning rates that diverged. gap: training minus test.",
+        f"range: of them. steps to, {seconds}: median over the seeds, from evaluations at every "
+        f"tenth of the run. near, own: decades of learning rate within {100 * NEAR:.0f} % of the "
+        "best of all, of its own best. lost: learning rates that diverged. gap: training minus "
+        "test.",
     )
     table.add_column("optimizer", no_wrap=True)
     steps = f"steps to\n{task.target:g}"
-    for heading in ("rate", "test", "range", steps, "s", "near", "own", "lost", "gap"):
+    for heading in ("rate", "test", "range", steps, seconds, "near", "own", "lost", "gap"):
         table.add_column(heading, justify="right", no_wrap=True)
     for place in places:
         values = [value for value in place.test if value is not None]
@@ -166,7 +169,7 @@ def _format(value: float | None, how: str = ".4g") -> str:
     return "-" if value is None else format(value, how)
 
 
-def _result(task: Task, plan: search.Plan, places: Sequence[Standing]) -> dict[str, Any]:
+def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -> dict[str, Any]:
     """What `compare.json` holds of a task."""
     return {
         "metric": task.metric,
@@ -181,13 +184,12 @@ def _write(out: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
     """Adds results to those of other tasks, and draws all that have both sides to compare."""
     path = out / "compare.json"
     results = (json.loads(path.read_text()) if path.exists() else {}) | results
-    whole = path.with_suffix(".new")
-    whole.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    whole.replace(path)
+    runs.write(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
     drawn = {name: result for name, result in results.items() if verdicts.judge(result)}
     if not drawn:
         return [path]
     figure = verdicts.plot_tasks(drawn)
     figure.savefig(out / "compare.png", dpi=130)
     plt.close(figure)
-    return [path, out / "compare.png"]
+    runs.write(out / "compare.md", verdicts.table(drawn))
+    return [path, out / "compare.png", out / "compare.md"]

@@ -1,7 +1,6 @@
 """Compiles unit_scale and Optax's methods for TPUs and GPUs, none of which has to be there."""
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
 import platform
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from benchmarks import runs
+from benchmarks import machine, runs
 from benchmarks.arguments import Parser
 from benchmarks.lowering import forecast
 from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
@@ -62,7 +61,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             )
     if not names:
         return 1
-    out = runs.make(parser, options.out, "lower")
+    out = runs.make_folder(parser, options.out, "lower")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with Progress(*columns, console=console) as progress:
@@ -88,7 +87,7 @@ def _as_json(results: dict[str, dict[str, dict[str, Any]]], shares: list[dict[st
         "question": "What do the compilers for TPU and GPU make of it?",
         "command": "python -m benchmarks lower",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": machine.versions(*packages),
         "model": vars(CONFIG),
         "units": "bytes of one device; reads of main memory for each element of the gradient",
         "results": results,
@@ -99,13 +98,6 @@ def _as_json(results: dict[str, dict[str, dict[str, Any]]], shares: list[dict[st
     return re.sub(r"\{[^{}]{,150}?\}", lambda x: " ".join(x[0].split()), text) + "\n"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
     first = next(iter(rows.values()))
     size = filesize.decimal(first["gradient_bytes"])
@@ -113,8 +105,8 @@ def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{topology}: {first['leaves']} leaves, {size} a device",
-        caption="Named without optax. Received, temporaries: of one device. Reads: of main "
-        "memory, for each element.",
+        caption="Optax's names stand without optax. Received, temporaries: of one device. Reads: "
+        "of main memory, for each element.",
     )
     for heading in ("", "collectives"):
         table.add_column(heading, overflow="fold")

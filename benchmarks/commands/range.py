@@ -1,12 +1,10 @@
 """Shows at which magnitudes of the gradient its normalised form has norm 1, for five methods."""
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import math
 import pathlib
-import platform
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import runs
+from benchmarks import machine, runs
 from benchmarks.arguments import Parser
 from optax_unitscale import unit_scale
 
@@ -72,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
     console = Console()
-    out = runs.make(parser, options.out, "range")
+    out = runs.make_folder(parser, options.out, "range")
     results = {dtype: measure(dtype) for dtype in DTYPES}
     (out / "range.json").write_text(_as_json(results))
     mpl.use("Agg")
@@ -92,32 +90,30 @@ def measure(dtype: str) -> dict[str, list[float]]:
     Returns:
       `"elements"`, the magnitudes, subnormal ones included, and for each method one norm for each.
     """
-    before = jax.dtypes.canonicalize_dtype(float) == np.float64
-    jax.config.update("jax_enable_x64", dtype == "float64")
-    try:
-        finfo = jnp.finfo(dtype)
-        lowest, highest = math.log10(float(finfo.smallest_subnormal)), math.log10(float(finfo.max))
-        steps = range(math.ceil(lowest / DTYPES[dtype]), math.floor(highest / DTYPES[dtype]) + 1)
-        elements = [float(f"{10 ** (step * DTYPES[dtype]):.3g}") for step in steps]
-        inputs = [np.full(ELEMENTS, element).astype(finfo.dtype) for element in elements]
+    finfo = jnp.finfo(dtype)
+    lowest, highest = math.log10(float(finfo.smallest_subnormal)), math.log10(float(finfo.max))
+    steps = range(math.ceil(lowest / DTYPES[dtype]), math.floor(highest / DTYPES[dtype]) + 1)
+    elements = [float(f"{10 ** (step * DTYPES[dtype]):.3g}") for step in steps]
+    inputs = [np.full(ELEMENTS, element).astype(finfo.dtype) for element in elements]
+    with jax.enable_x64(dtype == "float64"):
         norms = {
             name: [_norm(method(x)) for x in inputs]
             for name, method in ((name, jax.jit(method)) for name, method in METHODS.items())
         }
-    finally:
-        jax.config.update("jax_enable_x64", before)
     return {"elements": elements, **norms}
 
 
 def extent(elements: list[float], norms: list[float]) -> str:
     """The ends of the longest run of magnitudes whose norm is 1 within 1 %, as "1e-18 to 1e+17"."""
     right = [abs(norm - 1) <= TOLERANCE for norm in norms]
-    runs = [
-        [element for element, _ in run]
-        for is_right, run in itertools.groupby(zip(elements, right, strict=True), lambda x: x[1])
+    stretches = [
+        [element for element, _ in stretch]
+        for is_right, stretch in itertools.groupby(
+            zip(elements, right, strict=True), lambda x: x[1]
+        )
         if is_right
     ]
-    longest = max(runs, key=len, default=None)
+    longest = max(stretches, key=len, default=None)
     return f"{longest[0]:.2g} to {longest[-1]:.2g}" if longest else "never"
 
 
@@ -138,9 +134,7 @@ def _as_json(results: dict[str, dict[str, list[float]]]) -> str:
     content = {
         "question": "At which magnitudes does a normalised gradient have norm 1?",
         "command": "python -m benchmarks range",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
+        **machine.about(*packages),
         "input": f"{ELEMENTS} equal elements; the l2 norm of the result, where 1 is right",
         "norms": {
             dtype: {name: [number(value) for value in values] for name, values in columns.items()}

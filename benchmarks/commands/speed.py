@@ -1,21 +1,18 @@
 """Times unit_scale and its alternatives beside what the machine's memory allows."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import threading
 from typing import Any
 
-import jax
 import matplotlib as mpl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import interrupt, runs
+from benchmarks import interrupt, machine, runs
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.timing.figures import plot_growth, plot_ratios, plot_sizes
 from benchmarks.timing.growth import LEAVES
@@ -33,39 +30,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         choices=PARTS,
         action="append",
-        help="what to measure; repeatable (default: everything)",
+        help="what to measure; repeat it for several (default: everything)",
     )
     parser.add_argument(
         "--model",
         choices=MODELS,
         action="append",
-        help="how many parameters; repeatable (default: 1M, 35M and 124M)",
+        help="how many parameters; repeat it for several (default: 1M, 35M and 124M)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         action="append",
-        help="of the gradients and parameters; repeatable (default: both)",
+        help="of the gradients and parameters; repeat it for several (default: both)",
     )
     parser.add_argument(
         "--train",
         choices=MODELS,
         default="35M",
-        help="whose training step to time, in the first dtype (default: %(default)s)",
+        help="the GPT whose training step is timed, in the first --dtype (default: %(default)s)",
     )
     parser.add_argument(
         "--most-leaves",
         type=whole_number(LEAVES[0], LEAVES[-1]),
         default=1000,
         metavar="N",
-        help="where growth with leaves ends; thousands take minutes (default: %(default)s)",
+        help="the most leaves to time; thousands take minutes (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
         type=whole_number(5),
         default=40,
         metavar="N",
-        help="how often each contender is timed, in turn (default: %(default)s)",
+        help="how often each contender is timed, in turn; training steps a quarter as often "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -78,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: Parser, options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
     console = Console()
-    out = runs.make(parser, options.out, "speed")
+    out = runs.make_folder(parser, options.out, "speed")
     jobs = plan(
         list(dict.fromkeys(options.part or PARTS)),
         list(dict.fromkeys(options.model or ["1M", "35M", "124M"])),
@@ -93,12 +91,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     load, cores = about["load"], about["cores"]
     if load > 0.5:
         console.print(
-            f"Beforehand {load} processes kept the {cores} cores busy: try again without."
+            f"The machine was busy before the run (load {load} on {cores} cores): close other "
+            "programs and run again."
         )
     for table in tables(results):
         console.print(table)
     for name in [*_plot(results, out), "speed.json"]:
-        console.print(f"wrote {out / name}", soft_wrap=True)
+        if (out / name).exists():
+            console.print(f"wrote {out / name}", soft_wrap=True)
     return 0 if finished else interrupt.INTERRUPTED
 
 
@@ -127,9 +127,7 @@ def _measure(
             except KeyboardInterrupt:
                 return False
             results.setdefault(job.part, []).extend(rows)
-            whole = path.with_suffix(".new")
-            whole.write_text(_as_json({**about, "results": results}))
-            whole.replace(path)
+            runs.write(path, _as_json({**about, "results": results}))
     return True
 
 
@@ -157,11 +155,9 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "question": "What does unit_scale cost beside the naive division, Optax, PyTorch, and what "
         "memory allows?",
-        "command": "python -m benchmarks speed",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "command": _command(options),
+        **machine.about(*packages),
+        "cores": machine.cores(),
         # Of the minute before: PyTorch's threads, above all, wait for cores that others use.
         "load": round(os.getloadavg()[0], 2),
         "rounds": options.rounds,
@@ -174,14 +170,16 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _command(options: argparse.Namespace) -> str:
+    """The command line, but for --out."""
+    words = ["python -m benchmarks speed"]
+    for name in ("part", "model", "dtype"):
+        words += [f"--{name} {value}" for value in getattr(options, name) or ()]
+    words.append(f"--train {options.train} --most-leaves {options.most_leaves}")
+    return " ".join([*words, f"--rounds {options.rounds}"])
+
+
 def _as_json(content: dict[str, Any]) -> str:
     text = json.dumps(content, indent=2, allow_nan=False)
     # What fits on a line stands on one.
     return re.sub(r"[\[{][^\[\]{}]{,150}?[\]}]", lambda x: " ".join(x[0].split()), text) + "\n"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

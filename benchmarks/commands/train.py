@@ -99,7 +99,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         parser.error(f"argument --task: {error}")
     batch_size = options.batch_size or task.batch_size
     processes.check_arguments(parser, options, batch_size)
-    out = runs.folder(parser, options, "train", ("metrics.jsonl", "checkpoints"))
+    out = runs.choose_folder(parser, options, "train", ("metrics.jsonl", "checkpoints"))
     configs = [
         training.Config(
             task=options.task,
@@ -113,7 +113,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         )
         for name in names
     ]
-    out = runs.make(parser, out, "train")
+    out = runs.make_folder(parser, out, "train")
     log = runs.open_log(parser, out / "metrics.jsonl")
     runs.check_same(parser, log, configs)
     same = (configs, options.mesh, options.checkpoint_every, log.entries)

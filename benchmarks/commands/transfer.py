@@ -1,7 +1,7 @@
 """Finds the best learning rate at every size of a model, and says how far it moves.
 
-For each optimizer and size to within a factor of 1.4, two seeds. A sweep that was stopped goes on
-with --resume.
+The rate is found to within a factor of 1.4, with two seeds, for each optimizer and size. A sweep
+that was stopped goes on with --resume.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import interrupt, runs
-from benchmarks.arguments import Parser
+from benchmarks import interrupt, machine, runs
+from benchmarks.arguments import Parser, whole_number
 from benchmarks.optimizers import TRANSFERRED
-from benchmarks.sweep import fine, session
+from benchmarks.sweep import session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
 from benchmarks.training import Log
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         action="append",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="one of a family's sizes; repeat it for several (default: all)",
     )
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
-        help="cpu: hours on two cores; try: a fifth of the steps, to see it work; accelerator: "
-        "larger models and ten times the steps (default: %(default)s)",
+        help="cpu: hours on two cores; try: a fifth of the steps, but where they are the size, to "
+        "see it work; accelerator: larger models and ten times the steps (default: %(default)s)",
     )
     session.add_arguments(parser)
 
@@ -74,13 +74,16 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(options.family or FAMILIES))
     optimizers = list(dict.fromkeys(options.optimizer or TRANSFERRED))
     length = PRESETS[options.preset]
-    sizes = {name: _sizes(parser, options, name) for name in names}
-    out = runs.make(parser, runs.folder(parser, options, "transfer", ("*.jsonl",)), "transfer")
+    sizes = _sizes(parser, options, names)
+    names = list(sizes)
+    out = runs.make_folder(
+        parser, runs.choose_folder(parser, options, "transfer", ("*.jsonl",)), "transfer"
+    )
     logs = {name: runs.open_log(parser, out / f"{name}.jsonl") for name in names}
     for name, log in logs.items():
         fingerprint = FAMILIES[name].member(sizes[name][0], length).task.fingerprint
         about = {"family": name, "length": length, "data_sha256": fingerprint}
-        session.begin(parser, log, about | session.machine(), FIXED)
+        session.begin(parser, log, about | machine.about(*session.PACKAGES), FIXED)
     console = Console()
     console.print(f"writing to {out}", soft_wrap=True)
     todo = []
@@ -88,14 +91,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         for size, optimizer in itertools.product(sizes[name], optimizers):
             done = session.trials(logs[name], size=size, optimizer=optimizer)
             # How many it takes shows on the way; one that is complete finds that out at once.
-            job = fine.Job(name, size, optimizer, length, done)
-            todo.append((job, min(len(done), fine.TRIALS - 1), fine.TRIALS))
+            job = transfer_search.Job(name, size, optimizer, length, done)
+            todo.append((job, min(len(done), transfer_search.TRIALS - 1), transfer_search.TRIALS))
 
-    def record(job: fine.Job, trial: Trial) -> None:
+    def record(job: transfer_search.Job, trial: Trial) -> None:
         logs[job.family].append(kind="trial", size=job.size, **dataclasses.asdict(trial))
 
     with interrupt.deferred() as stop:
-        session.run(console, options, fine.work, todo, record, stop)
+        session.run(console, options, transfer_search.work, todo, record, stop)
         results = {name: _results(log) for name, log in logs.items()}
         for name, found in results.items():
             if found:
@@ -112,22 +115,27 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(parser: Parser, options: argparse.Namespace, name: str) -> list[int]:
-    family = FAMILIES[name]
-    every = family.large if options.preset == "accelerator" else family.sizes
-    wanted = [size for size in every if size in (options.size or every)]
-    if not wanted:
-        choices = ", ".join(map(str, every))
-        parser.error(f"argument --size: {name} has {choices}, none of which was named")
-    return wanted
+def _sizes(parser: Parser, options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The sizes of each family that were asked for; families without any are left out."""
+    is_large = options.preset == "accelerator"
+    every = {name: FAMILIES[name].large if is_large else FAMILIES[name].sizes for name in names}
+    for size in options.size or ():
+        if not any(size in sizes for sizes in every.values()):
+            choices = "; ".join(f"{name}: {', '.join(map(str, x))}" for name, x in every.items())
+            parser.error(f"argument --size: none has {size}, expected one of {choices}")
+    wanted = {
+        name: [size for size in sizes if size in (options.size or sizes)]
+        for name, sizes in every.items()
+    }
+    return {name: sizes for name, sizes in wanted.items() if sizes}
 
 
 def _results(log: Log) -> dict[str, dict[int, Any]]:
-    """By optimizer and size, what `fine.best` says and what there is of it."""
+    """By optimizer and size, what `transfer_search.best` says and what there is of it."""
     results: dict[str, dict[int, Any]] = {}
     sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
     for optimizer, size in itertools.product(TRANSFERRED, sizes):
-        best = fine.best(session.trials(log, size=size, optimizer=optimizer))
+        best = transfer_search.best(session.trials(log, size=size, optimizer=optimizer))
         if best:
             results.setdefault(optimizer, {})[size] = best
     return results
@@ -200,7 +208,7 @@ def _curve(trials: Sequence[Trial]) -> list[tuple[float, float]]:
     rates = sorted({trial.learning_rate for trial in trials})
     points = []
     for rate in rates:
-        own = [fine.final_loss(trial) for trial in trials if trial.learning_rate == rate]
+        own = [transfer_search.final_loss(trial) for trial in trials if trial.learning_rate == rate]
         mean = sum(own) / len(own)
         points.append((rate, mean if math.isfinite(mean) else math.nan))
     return points

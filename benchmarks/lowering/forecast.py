@@ -71,7 +71,7 @@ FORMULA = {
     "update": "memory_time + all_reduces * latency + wire_time",
     "memory_time": "(2 + 1) * 4 * parameters / (chips * memory)",
     "wire_time": "2 * 12 * leaves / link",
-    "latency": "2 * hops * hop + 2 * ceil(log2(chips / domain)) * network",
+    "latency": "2 * hops * hop + 2 * max(0, ceil(log2(chips / domain))) * network",
     "hops": "dimensions * n ** (1 / dimensions) / 2 in a torus of n = min(chips, domain), else 1",
     "leaves": "12 * depth + 6",
 }
@@ -91,7 +91,7 @@ def share(chip: Chip, model: Model, chips: int, all_reduces: int) -> dict[str, f
     near = min(chips, chip.domain)
     d = chip.dimensions
     hops = d * near ** (1 / d) / 2 if d else 1.0
-    far = 2 * math.ceil(math.log2(max(1.0, chips / chip.domain))) * chip.network
+    far = 2 * max(0, math.ceil(math.log2(chips / chip.domain))) * chip.network
     latency = 2 * hops * chip.hop + far
     wire_time = 2 * 12 * (12 * model.depth + 6) / chip.link
     update = memory_time + all_reduces * latency + wire_time
@@ -147,8 +147,8 @@ def as_markdown(entries: list[dict[str, Any]]) -> str:
     lines += [f"| {' | '.join([*key, *row])} |" for key, row in cells.items()]
     lines += [
         "",
-        "Where the share is large, a step is a few milliseconds: the batch leaves each chip a few",
-        "dozen tokens, and every other collective of the step waits as long.",
+        "Where the share is large, a step takes milliseconds or less: the batch leaves each chip a",
+        "few dozen tokens, and every other collective of the step waits as long.",
         "",
         f"`utilisation` is {UTILISATION}, as Llama 3 405B reports 38 to 43 % (arXiv 2407.21783).",
         f"A model fits where there are {BYTES_A_PARAMETER} bytes a parameter.",

@@ -25,14 +25,14 @@ __all__ = ["CONFIG", "METHODS", "compile_update", "gradients", "measure", "shard
 CONFIG = GPTConfig(vocabulary=32768, context=4096, depth=4, heads=64, width=8192)
 
 
-def _naive(scope: str) -> optax.GradientTransformation:
-    return optax.stateless(next(iter(SCOPES[scope].values())).function)
+def _naive(scope: str, name: str) -> optax.GradientTransformation:
+    return optax.stateless(SCOPES[scope][name].function)
 
 
 METHODS: dict[str, optax.GradientTransformation] = {
-    "x * rsqrt(sum(x * x))": _naive("leaf"),
+    "x * rsqrt(sum(x * x))": _naive("leaf", "x * rsqrt(sum(x * x))"),
     "unit_scale()": unit_scale(),
-    "x * rsqrt(sum of all x * x)": _naive("global"),
+    "x * rsqrt(sum of all x * x)": _naive("global", "x * rsqrt(sum of all x * x)"),
     'unit_scale(scope="global")': unit_scale(scope="global"),
     "optax.normalize_by_update_norm()": optax.normalize_by_update_norm(),
     "optax.clip_by_global_norm(1)": optax.clip_by_global_norm(1.0),

@@ -1,1 +1,1 @@
-"""What `python -m benchmarks compare` does."""
+"""What `python -m benchmarks compare` and `transfer` share, and each one's search."""

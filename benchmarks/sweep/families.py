@@ -1,4 +1,4 @@
-"""Models that differ in one size, on which a learning rate found on the least may carry over."""
+"""Models that differ in one size: a learning rate found on the smallest may carry over."""
 
 import dataclasses
 import math
@@ -98,6 +98,7 @@ FAMILIES = {
         "steps of a GPT of width 64",
         (100, 400, 1600),
         (1000, 4000, 16000),
-        lambda size, length: Member(_gpt(), size, 8),
+        # The size is the length.
+        lambda size, _: Member(_gpt(), size, 8),
     ),
 }

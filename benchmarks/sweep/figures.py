@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the metric against the learning rate, and who stands where."""
+"""The picture of a task in a sweep: its metric against the learning rate."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.optimizers import CONTENDERS
+from benchmarks.optimizers import COMPARED
 from benchmarks.sweep.summary import Standing
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import Task
@@ -20,10 +20,10 @@ _COLD = plt.colormaps["winter"](np.linspace(0.0, 0.9, 6))
 STYLES = {
     name: {"color": color, "linestyle": line, "marker": marker}
     for names, colors, line in (
-        ([name for name in CONTENDERS if name.startswith("unit_scale")], _WARM, "-"),
-        ([name for name in CONTENDERS if not name.startswith("unit_scale")], _COLD, "--"),
+        ([name for name in COMPARED if name.startswith("unit_scale")], _WARM, "-"),
+        ([name for name in COMPARED if not name.startswith("unit_scale")], _COLD, "--"),
     )
-    for name, color, marker in zip(names, colors, "osv^DP", strict=False)
+    for name, color, marker in zip(names, colors, "osv^DP", strict=True)
 }
 
 

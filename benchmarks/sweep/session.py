@@ -2,10 +2,7 @@
 
 import argparse
 import dataclasses
-import importlib.metadata
-import os
 import pathlib
-import platform
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,12 +11,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import machine
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.sweep import jobs
 from benchmarks.sweep.trial import Trial
 from benchmarks.training import Log
 
-__all__ = ["add_arguments", "begin", "machine", "run", "trials"]
+__all__ = ["PACKAGES", "add_arguments", "begin", "run", "trials"]
+
+# Whose versions a sweep notes.
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,16 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where the sweep in --out, or the newest under runs/, stopped",
     )
-
-
-def machine() -> dict[str, Any]:
-    """What computes the results."""
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
-    return {
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 def begin(parser: Parser, log: Log, about: Mapping[str, Any], fields: Iterable[str]) -> None:
@@ -96,7 +87,7 @@ def run(
       record: keeps a job's trial.
       stop: ends it early.
     """
-    workers = options.workers or (os.cpu_count() if jax.default_backend() == "cpu" else 1) or 1
+    workers = options.workers or (machine.cores() if jax.default_backend() == "cpu" else 1)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

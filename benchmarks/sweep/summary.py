@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep.search import best_rate, worth
+from benchmarks.sweep.compare_search import best_rate, worth
 from benchmarks.sweep.trial import SPLITS, Trial
 from benchmarks.tasks import Task
 
@@ -27,7 +27,7 @@ class Standing(NamedTuple):
       mean: of these.
       gap: the training metric minus the test metric, mean over the seeds.
       steps: median steps to the target over the seeds, None if half of them or more never came to.
-      seconds: the same in seconds of training.
+      seconds: the same in seconds of training; on CPU, of all cores' time together.
       near: how many decades of learning rate came within `NEAR` of the best of any optimizer.
       near_own: the same of its own best.
       diverged: how many of the learning rates tried diverged.

@@ -80,7 +80,8 @@ class Trials:
         graph, params, others = nnx.split(task.model(seed), nnx.Param, ...)
         state = optimizers.make(self._optimizer, learning_rate, self._steps).init(params)
         clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-        ends = [self._steps * i // EVALUATIONS for i in range(1, EVALUATIONS + 1)]
+        # Fewer where there are fewer steps.
+        ends = sorted({max(1, self._steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)})
         rate, done = np.float32(learning_rate), 0
         losses, curve, durations = [], [], []
         for end in ends:
@@ -98,9 +99,9 @@ class Trials:
             if not math.isfinite(losses[-1]):
                 break
             curve.append(task.evaluate(nnx.merge(graph, params, others), "validation"))
-            progress(1 / EVALUATIONS)
-        progress(1 - len(curve) / EVALUATIONS)
-        whole = len(curve) == EVALUATIONS
+            progress(1 / len(ends))
+        progress(1 - len(curve) / len(ends))
+        whole = len(curve) == len(ends)
         model = nnx.merge(graph, params, others)
         return Trial(
             optimizer=self._optimizer,

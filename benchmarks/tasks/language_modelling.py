@@ -1,7 +1,6 @@
 """Byte-level language modelling on the reference manual that ships inside CPython."""
 
 import functools
-import hashlib
 import math
 import pydoc_data.topics
 
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks import data
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.tasks import Rows, Task, printable
 
@@ -27,8 +27,8 @@ def splits() -> dict[str, np.ndarray]:
     topics = [topic.strip() for _, topic in sorted(pydoc_data.topics.topics.items())]
     # Topics contain each other, and what was seen in training is no test.
     paragraphs = dict.fromkeys("\n\n".join(topics).split("\n\n"))
-    data = np.frombuffer("\n\n".join(paragraphs).encode(), np.uint8)
-    train, validation, test = np.split(data, [len(data) * 18 // 20, len(data) * 19 // 20])
+    whole = np.frombuffer("\n\n".join(paragraphs).encode(), np.uint8)
+    train, validation, test = np.split(whole, [len(whole) * 18 // 20, len(whole) * 19 // 20])
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -39,7 +39,7 @@ def load() -> Task:
         metric="bits per character",
         higher_is_better=False,
         target=3.0,
-        fingerprint=hashlib.sha256(b"".join(part.tobytes() for part in text.values())).hexdigest(),
+        fingerprint=data.fingerprint(text.values()),
         steps=1200,
         sweep=1200,
         batch_size=8,

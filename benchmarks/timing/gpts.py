@@ -116,8 +116,8 @@ def training(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) ->
         advance()
     shapes = trees.gpt(model, dtype)
     alone = _Arrays(trees.fill(shapes))
-    for scope in ("leaf", "global"):
-        name, method = list(SCOPES[scope].items())[1]
+    for scope, name in (("leaf", "unit_scale()"), ("global", 'unit_scale(scope="global")')):
+        method = SCOPES[scope][name]
         call, facts = alone.compile(_paired(method), needs_kept=False)
         contenders.append(Contender(f"{name} alone", "training", call, facts=facts))
         advance()

@@ -49,13 +49,11 @@ COLUMNS: dict[str, list[_Column]] = {
     "leaves": TIME + MADE,
     "groups": TIME + MADE,
 }
-# What a part has a table, or a section, for each of.
+# The keys of a row that together get a table, or a section of one.
 SUBJECTS = {
     "transformation": ("model", "dtype"),
     "step": ("model", "dtype"),
     "training": ("model", "dtype"),
-    "leaves": ("leaves",),
-    "groups": ("groups",),
 }
 CAPTION = (
     "Medians. Ratio: of times, to the first of the section, round by round. Of ceiling: what "

@@ -65,7 +65,8 @@ def find(loss: Callable[[int, int], float], start: int) -> int:
       start: where to begin.
 
     Returns:
-      The index with the least mean loss over `SEEDS`, between two others.
+      The index with the least mean loss over `SEEDS`: between two others that were tried, unless
+      it lies further away than the search goes.
     """
     tried = {index: loss(index, 0) for index in (start - STRIDE, start, start + STRIDE)}
     while len(tried) < MOST_STRIDES and _least(tried) in (min(tried), max(tried)):
@@ -109,12 +110,17 @@ def best(trials: Sequence[Trial]) -> tuple[float, float, float] | None:
       trials: of one optimizer and size.
 
     Returns:
-      The rate, the mean of its losses over the seeds, and their range; None if there is none.
+      The rate, the mean of its losses over the seeds, and their range; None if there is none with
+      which no seed diverged.
     """
     losses: dict[float, dict[int, float]] = {}
     for trial in trials:
         losses.setdefault(trial.learning_rate, {})[trial.seed] = final_loss(trial)
-    whole = {rate: list(own.values()) for rate, own in losses.items() if len(own) == SEEDS}
+    whole = {
+        rate: list(own.values())
+        for rate, own in losses.items()
+        if len(own) == SEEDS and all(map(math.isfinite, own.values()))
+    }
     if not whole:
         return None
     rate = min(whole, key=lambda rate: sum(whole[rate]))

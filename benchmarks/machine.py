@@ -1,0 +1,37 @@
+"""What computes: Python, packages, device and cores, for the files that hold results."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+__all__ = ["about", "cores", "versions"]
+
+
+def about(*packages: str) -> dict[str, Any]:
+    """Python's version, those of packages, and the device."""
+    return {
+        "python": platform.python_version(),
+        "versions": versions(*packages),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The version of each package, None where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
