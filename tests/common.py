@@ -1,9 +1,10 @@
-"""What several test files have in common: the norms, samples, and a short call."""
+"""What several test files have in common: the norms, samples, a short call, compilations."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,10 +12,17 @@ from jax import export
 
 from optax_unitscale import unit_scale
 
-__all__ = ["EMPTY", "NORMS", "as_for_gpu", "sample", "scaled"]
+__all__ = ["EMPTY", "NORMS", "compilations", "exported_for", "sample", "scaled"]
 
 EMPTY = optax.EmptyState()
 NORMS = ["l2", "rms", "l1", "linf"]
+_EVENTS: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _EVENTS.append(event))
+
+
+def compilations() -> int:
+    """How many programs this process has compiled."""
+    return _EVENTS.count("/jax/core/compile/backend_compile_duration")
 
 
 def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
@@ -22,7 +30,7 @@ def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
 
 
-def as_for_gpu(function: Callable[[Any], Any], example: Any, platform: str = "cuda") -> Any:
+def exported_for(function: Callable[[Any], Any], example: Any, platform: str = "cuda") -> Any:
     """The program that JAX makes for GPU, or "tpu", to be run on CPU."""
     checks = [export.DisabledSafetyCheck.platform()]
     made = export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(example)

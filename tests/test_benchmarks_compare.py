@@ -13,6 +13,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from common import compilations
 
 from benchmarks import __main__, tasks
 from benchmarks.commands.compare import PRESETS
@@ -193,13 +194,10 @@ def test_no_contender_diverges_at_the_rate_that_its_search_starts_with(task, opt
 def test_trials_share_what_was_compiled_and_repeat_bit_for_bit(task):
     trials = Trials(task, "unit_scale", 40, 64)
     first = trials.run(0.1, 0, lambda share: None)
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-    )
+    before = compilations()
     other = trials.run(0.03, 1, lambda share: None)
     again = trials.run(0.1, 0, lambda share: None)
-    assert not compiled
+    assert compilations() == before
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(first, seconds=0)
     assert other.losses != first.losses
 

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from common import NORMS, compilations
 from jax import lax
 
 from optax_unitscale import gradient_norms, unit_scale
 
-NORMS = ["l2", "rms", "l1", "linf"]
 SCOPES: dict[str, dict[str, Any]] = {
     "leaf": {},
     "global": {"scope": "global"},
@@ -46,8 +46,6 @@ END = {
 }
 # Each problem by what it optimises: a parabola, one of a matrix, Rosenbrock's valley, both shapes.
 PROBLEMS = {"vector": [1, 0, 0], "matrix": [0, 1, 0], "pair": [0, 0, 1], "vector matrix": [1, 1, 0]}
-EVENTS: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: EVENTS.append(event))
 
 # Where an optimizer is compiled for each: every norm and every scope once.
 PAIRS = list(zip(NORMS, SCOPES, strict=True))
@@ -62,10 +60,6 @@ def _promotion() -> Iterator[None]:
     # Adam, MultiSteps and others of Optax mix floats with integers.
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def compilations() -> int:
-    return EVENTS.count("/jax/core/compile/backend_compile_duration")
 
 
 def objective(params: Any, weights: jax.Array) -> jax.Array:

@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import EMPTY, scaled
 
 from optax_unitscale import gradient_norms, unit_scale
-
-EMPTY = optax.EmptyState()
-
-
-def scaled(tree: Any, **options: Any) -> Any:
-    return unit_scale(**options).update(tree, EMPTY)[0]
 
 
 def sample(*shape: int) -> np.ndarray:

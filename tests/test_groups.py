@@ -10,18 +10,14 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import scaled
 from flax import core, nnx
 from flax import linen as nn
 
 from optax_unitscale import gradient_norms, unit_scale
 
-EMPTY = optax.EmptyState()
 # A sum, its root, its reciprocal and the product.
 RTOL = 4 * 2.0**-23
-
-
-def scaled(tree: Any, **options: Any) -> Any:
-    return unit_scale(**options).update(tree, EMPTY)[0]
 
 
 def sample(*shape: int, seed: int = 0) -> np.ndarray:

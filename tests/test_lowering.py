@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from common import EMPTY, scaled
 
-from optax_unitscale import gradient_norms, unit_scale
-
-EMPTY = optax.EmptyState()
+from optax_unitscale import gradient_norms
 
 
 def gpt(layers: int, width: int, vocabulary: int) -> dict[str, Any]:
@@ -34,10 +33,6 @@ def gpt(layers: int, width: int, vocabulary: int) -> dict[str, Any]:
 
 def compiled(function: Any, tree: Any) -> Any:
     return jax.jit(function, donate_argnums=0).lower(tree).compile()
-
-
-def scaled(tree: Any, **options: Any) -> Any:
-    return unit_scale(**options).update(tree, EMPTY)[0]
 
 
 def by_row(path: str, leaf: jax.Array) -> int | None:

@@ -2,22 +2,19 @@
 
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import oracle
 import pytest
-from common import as_for_gpu
+from common import NORMS, exported_for, scaled
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import gradient_norms
 
-NORMS = ["l2", "rms", "l1", "linf"]
 LEAVES = {
     "columns": ((5, 8), P(None, "a"), "float32"),
     # Each device's part is more than what counts as small.
@@ -39,10 +36,6 @@ COLLECTIVE = re.compile(
 
 def make_mesh(kind=AxisType.Auto):
     return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2, devices=jax.devices("cpu"))
-
-
-def scaled(tree: Any, norm: str, **options: Any) -> Any:
-    return unit_scale(norm, **options).update(tree, optax.EmptyState())[0]
 
 
 def draw(shape, seed=0):
@@ -133,7 +126,7 @@ def test_the_program_for_gpu_gives_the_same_update_and_sends_only_scalars(way, s
 
     mesh = make_mesh()
     split = jax.jit(update) if way == "jit" else shard_map(update, (SPECS,), SPECS)
-    run = as_for_gpu(split, shard(gradients({}), mesh, SPECS))
+    run = exported_for(split, shard(gradients({}), mesh, SPECS))
     check_wire(run.lower(shard(gradients({}), mesh, SPECS)).compile())
     for magnitudes in MAGNITUDES:
         result = run(shard(gradients(magnitudes), mesh, SPECS))

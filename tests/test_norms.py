@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from common import EMPTY, NORMS, as_for_gpu, sample, scaled
+from common import EMPTY, NORMS, exported_for, sample, scaled
 
 from optax_unitscale import gradient_norms, mesh
 
@@ -76,7 +76,7 @@ def test_the_program_for_gpu_gives_unit_norm_at_every_magnitude(norm, dtype, req
 
     # CPU adds one element after the other where GPU has a tree.
     shapes = [(), (300,), (16, 20)]
-    run = as_for_gpu(both, [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes])
+    run = exported_for(both, [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes])
     for magnitude in MAGNITUDES[dtype]:
         tree = [sample(shape, dtype, magnitude) for shape in shapes]
         by_leaf, together = run(list(map(jnp.asarray, tree)))
@@ -101,7 +101,7 @@ def test_the_program_for_gpu_is_exact_where_magnitudes_meet(norm, platform, axis
     def update(tree):
         return scaled(tree, norm, axis=[axis] * 4 + [0])
 
-    results = list(map(np.asarray, as_for_gpu(update, turned, platform)(turned)))
+    results = list(map(np.asarray, exported_for(update, turned, platform)(turned)))
     check_group([results.pop()], [mixed], norm)
     *ordinary, at_edges = [x if axis else x.T for x in results]
     for result, gradient in zip(ordinary, tree, strict=False):
@@ -234,7 +234,7 @@ def test_what_xla_knows_of_a_gradient_changes_nothing(norm):
     def update(_):
         return scaled([jnp.full(shape, value) for shape, value in known], norm)
 
-    for results in (jax.jit(update)(0), as_for_gpu(update, 0)(0)):
+    for results in (jax.jit(update)(0), exported_for(update, 0)(0)):
         for result, (shape, value) in zip(results, known, strict=True):
             gradient = np.full(shape, value, np.float32)
             if value:
@@ -270,7 +270,7 @@ def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("run", [lambda f, x: f(x), lambda f, x: as_for_gpu(f, x)(x)])
+@pytest.mark.parametrize("run", [lambda f, x: f(x), lambda f, x: exported_for(f, x)(x)])
 def test_a_nan_is_not_lost_in_a_leaf_of_any_size(norm, run):
     leaves = [np.ones(shape, np.float32) for shape in [3, 3000, 4096, (64, 64), 100000]]
     for x in leaves:
@@ -305,7 +305,7 @@ def test_a_number_times_a_leaf_is_not_taken_apart(norm, axis):
         return scaled(multiplied, norm, axis=axis)
 
     unit = scaled(jnp.ones((3, 4)), norm, axis=axis)
-    for results in (jax.jit(update)(leaves), as_for_gpu(update, leaves)(leaves)):
+    for results in (jax.jit(update)(leaves), exported_for(update, leaves)(leaves)):
         for result, value in zip(results, values.values(), strict=True):
             expected = unit if value else jnp.zeros((3, 4))
             np.testing.assert_allclose(result, expected, rtol=3 * 2.0**-23)

@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import NORMS
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
 
 from optax_unitscale import gradient_norms, unit_scale
 
-NORMS = ["l2", "rms", "l1", "linf"]
 # A sum, its root, its scale and the rounding to float32.
 RTOL = 4 * 2.0**-23
 

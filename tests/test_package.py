@@ -46,11 +46,12 @@ def refuse(event, args):
         raise RuntimeError(f"{event}{args}")
 sys.addaudithook(refuse)
 import jax, optax
-before = set(sys.modules)
+packages = lambda: {name.partition(".")[0] for name in sys.modules}
+before = packages()
 import optax_unitscale
 optax_unitscale.unit_scale().update([jax.numpy.ones(3)], optax.EmptyState())
 optax_unitscale.norm_ratios([{"a": 1.0}])
-print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+print(*packages() - before)
 """
 
 

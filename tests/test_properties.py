@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import NORMS, scaled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import Case, case, cases, gradients, groups, spec
@@ -19,7 +20,6 @@ from optax_unitscale import unit_scale
 
 pytestmark = pytest.mark.usefixtures("leaf_size")
 
-NORMS = ["l2", "rms", "l1", "linf"]
 NARROW = ["float16", "bfloat16", "float32", "complex64"]
 WIDE = [*NARROW, "float64", "complex128"]
 EXAMPLES = settings(
@@ -52,10 +52,6 @@ DOUBLE = {
     "double": case(DOUBLE_TREE),
     "double and global": case(DOUBLE_TREE, "global"),
 }
-
-
-def scaled(tree: Any, norm: str, of: Case) -> Any:
-    return unit_scale(norm, **of.options).update(tree, optax.EmptyState())[0]
 
 
 def lost(dtype: np.dtype) -> float:
@@ -127,7 +123,7 @@ def test_any_tree_with_any_groups_keeps_its_structure_and_gets_unit_norms(pool, 
     norm = data.draw(st.sampled_from(NORMS))
     of = data.draw(cases(pool[0]))
     gradient = data.draw(gradients(of.tree))
-    check_all(scaled(gradient, norm, of), gradient, norm, of)
+    check_all(scaled(gradient, norm, **of.options), gradient, norm, of)
 
 
 @every_norm
@@ -137,9 +133,9 @@ def test_groups_get_unit_norms_that_neither_scaling_again_nor_powers_of_two_chan
     pool, norm, data
 ):
     of, gradient = draw(data, pool[1])
-    once = scaled(gradient, norm, of)
+    once = scaled(gradient, norm, **of.options)
     check_all(once, gradient, norm, of)
-    twice = scaled(once, norm, of)
+    twice = scaled(once, norm, **of.options)
     for first, second in zip(groups(once, of), groups(twice, of), strict=True):
         for a, b in zip(first, second, strict=True):
             # Both are rounded, and the second divides by a norm that the first left not quite 1.
@@ -152,7 +148,7 @@ def test_groups_get_unit_norms_that_neither_scaling_again_nor_powers_of_two_chan
         for i in indices:
             leaves[i] = multiply(leaves[i], power)
     multiplied = jax.tree.unflatten(structure, leaves)
-    again = scaled(multiplied, norm, of)
+    again = scaled(multiplied, norm, **of.options)
     for before, after in zip(groups(once, of), groups(again, of), strict=True):
         # XLA fuses the addition of two products, each the square of a complex number's part or the
         # sum of a small leaf's squares, as it likes, and may do it otherwise where it sums again.
@@ -190,8 +186,8 @@ def test_the_order_of_leaves_is_irrelevant(norm, data):
     order = data.draw(st.permutations(range(5)))
     for scope in ("leaf", "global"):
         of = case(gradient, scope)
-        before = scaled(gradient, norm, of)
-        after = scaled([gradient[i] for i in order], norm, of)
+        before = scaled(gradient, norm, **of.options)
+        after = scaled([gradient[i] for i in order], norm, **of.options)
         for i, x in zip(order, after, strict=True):
             if scope == "leaf" or norm == "linf":
                 np.testing.assert_array_equal(np.asarray(x), np.asarray(before[i]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import EMPTY, compilations
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -17,10 +18,6 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as Axes
 
 from optax_unitscale import scale_by_shape, unit_scale
-
-EMPTY = optax.EmptyState()
-EVENTS: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: EVENTS.append(event))
 
 
 def scaled(tree: Any, rule: str = "spectral", **options: Any) -> Any:
@@ -344,10 +341,6 @@ def test_dtypes_are_kept_and_what_holds_nothing_passes():
     assert result["no gradient"].dtype == jax.dtypes.float0
     assert result["empty"].shape == (3, 0, 2)
     assert result["number"] == 2.5
-
-
-def compilations() -> int:
-    return EVENTS.count("/jax/core/compile/backend_compile_duration")
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -10,27 +10,10 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from common import EMPTY, NORMS, compilations, scaled
 from jax import lax
 
 from optax_unitscale import gradient_norms, unit_scale
-
-NORMS = ["l2", "rms", "l1", "linf"]
-EMPTY = optax.EmptyState()
-EVENTS: list[str] = []
-
-
-@jax.monitoring.register_event_duration_secs_listener
-def record(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    del duration_secs, kwargs
-    EVENTS.append(event)
-
-
-def compilations() -> int:
-    return EVENTS.count("/jax/core/compile/backend_compile_duration")
-
-
-def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
-    return unit_scale(norm, **options).update(tree, EMPTY)[0]
 
 
 def sample(*shape: int, dtype: Any = "float32", seed: int = 0) -> jax.Array:
