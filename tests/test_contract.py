@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -93,10 +94,8 @@ def apply(optimizer: Any, gradients: Any = GRADIENTS, jit: Any = lambda f: f) ->
 
 def check(tree: Any, expected: Any) -> None:
     """Equal but for a few roundings: what is compiled together is rounded together."""
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for leaf, other in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
-        assert leaf.dtype == other.dtype
-        np.testing.assert_allclose(np.asarray(leaf), np.asarray(other), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tree, expected)
+    chex.assert_trees_all_close(tree, expected, rtol=1e-6, atol=1e-6)
 
 
 @functools.cache
