@@ -137,10 +137,29 @@ def test_the_table_of_tasks_is_that_of_the_file():
     assert max(means["vanishing_32"].values()) < 25
     exploding = means["exploding"]
     assert exploding["unit_scale"] == max(exploding.values())
-    language = means["language_modelling"]
-    ways = [mean for name, mean in language.items() if name.startswith("unit_scale")]
-    assert max(language["adamw"], language["muon"]) < min(ways)
-    assert language["unit_scale_sinkhorn"] < min(language["sgd"], language["clip"])
+    # With the sign by which less is better.
+    signs = {task: -1 if x["higher_is_better"] else 1 for task, x in results.items()}
+    loss = {task: {name: signs[task] * x for name, x in means[task].items()} for task in means}
+    for task in ("language_modelling", "translation", "dialogue"):
+        others, ours = {True: {}, False: {}}, loss[task]
+        for name, mean in ours.items():
+            others[name.startswith("unit_scale")][name] = mean
+        assert min(ours, key=lambda name: ours[name]) == "muon"
+        assert ours["adamw"] < min(others[True].values()) == ours["unit_scale_adam"]
+        assert ours["unit_scale_adam"] < min(ours["sgd"], ours["clip"])
+        worst = max(ours, key=lambda name: ours[name])
+        assert (worst == "unit_scale_sinkhorn") == (task != "language_modelling")
+    assert loss["language_modelling"]["unit_scale_sinkhorn"] < loss["language_modelling"]["sgd"]
+    for task in ("image_classification", "summarization", "question_answering"):
+        verdict = verdicts.judge(results[task])
+        assert verdict
+        assert verdict.outcome == "level"
+    assert 61.8 < max(means["question_answering"].values()) < 65
+    for task, result in results.items():
+        pair = ("unit_scale", "unit_scale_last")
+        places = {x["optimizer"]: x["test"] for x in result["standings"]}
+        after, before = ([signs[task] * value for value in places[name]] for name in pair)
+        assert min(after) <= max(before)
     for task in ("vanishing", "vanishing_16", "exploding", "language_modelling"):
-        sign = -1 if results[task]["higher_is_better"] else 1
-        assert sign * means[task]["unit_scale"] < sign * means[task]["unit_scale_last"]
+        assert loss[task]["unit_scale"] < loss[task]["unit_scale_last"]
+    assert "object_detection" not in results

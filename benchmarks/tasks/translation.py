@@ -73,7 +73,7 @@ def load() -> Task:
         higher_is_better=True,
         # What AdamW reached in a pilot of half the steps.
         target=15.0,
-        # The best of three or four half-decades each, none at an edge: half the steps, one seed.
+        # The best of seven half-decades each, see results/cpu-2-cores/compare.
         learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
         evaluate=_evaluate,
         sample=_sample,
