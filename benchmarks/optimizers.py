@@ -3,7 +3,6 @@
 All that are SGD at heart have the same momentum; the others keep Optax's defaults.
 """
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +28,44 @@ def _momentum_unit_scale(rate: Any, *more: Any) -> optax.GradientTransformation:
     return optax.chain(
         optax.trace(MOMENTUM), unit_scale(), *more, optax.scale_by_learning_rate(rate)
     )
+
+
+def _by_kind(
+    rate: Any, *kernel: optax.GradientTransformation, rows: bool = True
+) -> optax.GradientTransformation:
+    """Momentum and `unit_scale`, each row of an embedding by itself; a tenth for vectors; shapes.
+
+    Args:
+      rate: the learning rate.
+      *kernel: what kernels get in place of momentum and `unit_scale`.
+      rows: False for `unit_scale` of a whole embedding.
+    """
+    momentum = optax.trace(MOMENTUM)
+    return optax.chain(
+        optax.partition(
+            {
+                "kernel": optax.chain(*(kernel or (momentum, unit_scale()))),
+                "embedding": optax.chain(momentum, unit_scale(axis=-1 if rows else None)),
+                "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
+            },
+            _kinds,
+        ),
+        scale_by_shape(),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _kinds(tree: Any) -> Any:
+    """What each leaf is: "kernel", "embedding" or "vector"."""
+
+    def kind(keys: Any, x: jax.Array) -> str:
+        return "vector" if x.ndim < 2 else _path(keys).rpartition("/")[2]
+
+    return jax.tree.map_with_path(kind, tree)
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
 
 
 def _adamw_width(rate: Any) -> optax.GradientTransformation:
@@ -58,18 +95,16 @@ def _outputs(path: str, x: jax.Array) -> tuple[int, ...]:
     return tuple(range(len(_inputs(path, x)) if x.ndim > 1 else 0, x.ndim))
 
 
-def _muon(rate: Any) -> optax.GradientTransformation:
-    """Muon for every kernel, with the axes of attention's and convolutions' as a matrix."""
+def _matrices(tree: Any) -> Any:
+    """The axes of every kernel as a matrix, those of attention and convolutions too, else None."""
 
     def of_leaf(keys: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+        path = _path(keys)
         if not path.endswith("kernel"):
             return None
         return optax.contrib.MuonDimensionNumbers(_inputs(path, x), _outputs(path, x))
 
-    return optax.contrib.muon(
-        rate, muon_weight_dimension_numbers=functools.partial(jax.tree.map_with_path, of_leaf)
-    )
+    return jax.tree.map_with_path(of_leaf, tree)
 
 
 def _vectors(tree: Any) -> Any:
@@ -101,7 +136,11 @@ CONTENDERS = {
     "adamw": Contender("AdamW", 0.003, optax.adamw),
     "lion": Contender("Lion", 0.001, optax.lion),
     "lamb": Contender("LAMB", 0.01, optax.lamb),
-    "muon": Contender("Muon for kernels, Adam for the rest", 0.01, _muon),
+    "muon": Contender(
+        "Muon for kernels, Adam for the rest",
+        0.01,
+        lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=_matrices),
+    ),
     "unit_scale": Contender(
         "unit_scale per leaf, then SGD with momentum",
         0.03,
@@ -144,10 +183,37 @@ CONTENDERS |= {
         lambda rate: _momentum_unit_scale(rate, scale_by_shape()),
     ),
     "unit_scale_shape_vectors": Contender(
-        "the same, with a tenth of the rate for vectors",
+        "unit_scale_shape with a tenth of the rate for vectors",
         0.1,
-        lambda rate: _momentum_unit_scale(
-            rate, scale_by_shape(), optax.masked(optax.scale(0.1), _vectors)
+        lambda rate: _by_kind(rate, rows=False),
+    ),
+    "unit_scale_shape_rows": Contender(
+        "unit_scale_shape_vectors with unit_scale of each row of an embedding",
+        0.1,
+        _by_kind,
+    ),
+    "unit_scale_shape_sinkhorn": Contender(
+        "unit_scale_shape_rows with unit_scale of a kernel's rows and columns before",
+        0.1,
+        lambda rate: _by_kind(
+            rate,
+            optax.trace(MOMENTUM),
+            *(unit_scale(axis=axis) for axis in (_outputs, _inputs)),
+            unit_scale(),
+        ),
+    ),
+    "unit_scale_shape_muon": Contender(
+        "unit_scale_shape_rows with Muon's orthogonal matrices for kernels",
+        0.03,
+        lambda rate: _by_kind(
+            rate, optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices)
+        ),
+    ),
+    "unit_scale_shape_muon_leaf": Contender(
+        "unit_scale_shape_muon with unit_scale of whole embeddings",
+        0.03,
+        lambda rate: _by_kind(
+            rate, optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices), rows=False
         ),
     ),
 }
@@ -158,7 +224,8 @@ TRANSFERRED = (
     "muon",
     "unit_scale_last",
     "unit_scale_shape",
-    "unit_scale_shape_vectors",
+    "unit_scale_shape_rows",
+    "unit_scale_shape_muon",
 )
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import interrupt, machine, runs
 from benchmarks.arguments import Parser, whole_number
-from benchmarks.optimizers import TRANSFERRED
+from benchmarks.optimizers import CONTENDERS, TRANSFERRED
 from benchmarks.sweep import session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--optimizer",
         action="append",
-        choices=TRANSFERRED,
-        help="an optimizer to compare; repeat it for several (default: all)",
+        choices=tuple(CONTENDERS),
+        help=f"an optimizer to compare; repeat it for several (default: {', '.join(TRANSFERRED)})",
     )
     add(
         "--size",
@@ -134,7 +134,7 @@ def _results(log: Log) -> dict[str, dict[int, Any]]:
     """By optimizer and size, what `transfer_search.best` says and what there is of it."""
     results: dict[str, dict[int, Any]] = {}
     sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
-    for optimizer, size in itertools.product(TRANSFERRED, sizes):
+    for optimizer, size in itertools.product(CONTENDERS, sizes):
         best = transfer_search.best(session.trials(log, size=size, optimizer=optimizer))
         if best:
             results.setdefault(optimizer, {})[size] = best
