@@ -162,4 +162,14 @@ def test_the_table_of_tasks_is_that_of_the_file():
         assert min(after) <= max(before)
     for task in ("vanishing", "vanishing_16", "exploding", "language_modelling"):
         assert loss[task]["unit_scale"] < loss[task]["unit_scale_last"]
-    assert "object_detection" not in results
+    detection = {x["optimizer"]: x["test"] for x in results["object_detection"]["standings"]}
+    assert min(detection["unit_scale_global"]) > 20.5
+    assert min(detection["clip"]) == pytest.approx(11.8, abs=0.05)
+    assert max(detection["clip"]) == pytest.approx(22.3, abs=0.05)
+    detected = means["object_detection"]
+    assert detected["unit_scale_global"] == max(detected.values())
+    for other, wins in (("sgd", 5), ("clip", 4)):
+        gaps = [
+            {x["optimizer"]: x["gap"] for x in result["standings"]} for result in results.values()
+        ]
+        assert sum(gap["unit_scale"] < gap[other] for gap in gaps) == wins
