@@ -3,7 +3,6 @@
 All that are SGD at heart have the same momentum; the others keep Optax's defaults.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import layers
 from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
 
 __all__ = ["COMPARED", "CONTENDERS", "SHOWN", "TRANSFERRED", "Contender", "make"]
@@ -28,6 +28,22 @@ def _momentum_unit_scale(rate: Any, *more: Any) -> optax.GradientTransformation:
     return optax.chain(
         optax.trace(MOMENTUM), unit_scale(), *more, optax.scale_by_learning_rate(rate)
     )
+
+
+def _adamw_width(rate: Any) -> optax.GradientTransformation:
+    """A kernel's learning rate is over its fan-in in units of `BASE_FAN_IN` (Tensor Programs V)."""
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(1e-4),
+        scale_by_shape("sign"),
+        optax.masked(optax.scale(float(BASE_FAN_IN)), layers.are_kernels),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _orthogonal(beta: float = 0.95) -> optax.GradientTransformation:
+    """Muon's step: a kernel's momentum as the nearest orthogonal matrix, spectral norm 1."""
+    return optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=layers.matrices)
 
 
 def _by_kind(
@@ -48,68 +64,28 @@ def _by_kind(
                 "embedding": optax.chain(momentum, unit_scale(axis=-1 if rows else None)),
                 "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
             },
-            _kinds,
+            layers.kinds,
         ),
         scale_by_shape(),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _kinds(tree: Any) -> Any:
-    """What each leaf is: "kernel", "embedding" or "vector"."""
-
-    def kind(keys: Any, x: jax.Array) -> str:
-        return "vector" if x.ndim < 2 else _path(keys).rpartition("/")[2]
-
-    return jax.tree.map_with_path(kind, tree)
-
-
-def _path(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
-
-
-def _adamw_width(rate: Any) -> optax.GradientTransformation:
-    """A kernel's learning rate is over its fan-in in units of `BASE_FAN_IN` (Tensor Programs V)."""
+def _spectral(rate: Any) -> optax.GradientTransformation:
+    """As `_by_kind` with orthogonal kernels, but momentum comes last."""
     return optax.chain(
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(1e-4),
-        scale_by_shape("sign"),
-        optax.masked(optax.scale(float(BASE_FAN_IN)), _kernels),
-        optax.scale_by_learning_rate(rate),
+        unit_scale(axis=layers.rows),
+        optax.partition(
+            {
+                "kernel": _orthogonal(beta=0.0),
+                "embedding": optax.identity(),
+                "vector": optax.scale(0.1),
+            },
+            layers.kinds,
+        ),
+        scale_by_shape(),
+        _sgd(rate),
     )
-
-
-def _kernels(tree: Any) -> Any:
-    """True at kernels, whose factor under "sign" is not 1."""
-    return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
-
-
-def _inputs(path: str, x: jax.Array) -> tuple[int, ...]:
-    """The axes of a matrix's inputs: first where attention projects to heads, else all but last."""
-    projects = re.search("(query|key|value)/kernel$", path) is not None
-    return tuple(range(1 if projects else max(1, x.ndim - 1))) if x.ndim else ()
-
-
-def _outputs(path: str, x: jax.Array) -> tuple[int, ...]:
-    """The other axes; all of a vector."""
-    return tuple(range(len(_inputs(path, x)) if x.ndim > 1 else 0, x.ndim))
-
-
-def _matrices(tree: Any) -> Any:
-    """The axes of every kernel as a matrix, those of attention and convolutions too, else None."""
-
-    def of_leaf(keys: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        path = _path(keys)
-        if not path.endswith("kernel"):
-            return None
-        return optax.contrib.MuonDimensionNumbers(_inputs(path, x), _outputs(path, x))
-
-    return jax.tree.map_with_path(of_leaf, tree)
-
-
-def _vectors(tree: Any) -> Any:
-    """True at biases and gains, which always move by all that a norm allows (`scale_by_shape`)."""
-    return jax.tree.map(lambda x: x.ndim < 2, tree)
 
 
 class Contender(NamedTuple):
@@ -139,7 +115,7 @@ CONTENDERS = {
     "muon": Contender(
         "Muon for kernels, Adam for the rest",
         0.01,
-        lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=_matrices),
+        lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=layers.matrices),
     ),
     "unit_scale": Contender(
         "unit_scale per leaf, then SGD with momentum",
@@ -167,10 +143,22 @@ CONTENDERS = {
         "SGD with momentum",
         0.03,
         lambda rate: optax.chain(
-            *[unit_scale(axis=axis) for axis in (_outputs, _inputs)] * 3,
-            optax.masked(optax.scale(0.1), _vectors),
+            *[unit_scale(axis=axis) for axis in (layers.outputs, layers.inputs)] * 3,
+            optax.masked(optax.scale(0.1), layers.are_vectors),
             _sgd(rate),
         ),
+    ),
+    "unit_scale_muon": Contender(
+        "unit_scale, Muon's orthogonal momentum for kernels, scale_by_shape; for the rest momentum "
+        "before unit_scale, each row of an embedding by itself, a tenth of the rate for vectors",
+        0.03,
+        lambda rate: _by_kind(rate, unit_scale(), _orthogonal()),
+    ),
+    "unit_scale_spectral": Contender(
+        "unit_scale, Muon's orthogonal matrices for kernels, scale_by_shape, then SGD with "
+        "momentum; rows and vectors as in unit_scale_muon",
+        0.01,
+        _spectral,
     ),
 }
 COMPARED = tuple(CONTENDERS)
@@ -198,23 +186,14 @@ CONTENDERS |= {
         lambda rate: _by_kind(
             rate,
             optax.trace(MOMENTUM),
-            *(unit_scale(axis=axis) for axis in (_outputs, _inputs)),
+            *(unit_scale(axis=axis) for axis in (layers.outputs, layers.inputs)),
             unit_scale(),
         ),
     ),
-    "unit_scale_shape_muon": Contender(
-        "unit_scale_shape_rows with Muon's orthogonal matrices for kernels",
+    "unit_scale_muon_leaf": Contender(
+        "unit_scale_muon with unit_scale of whole embeddings",
         0.03,
-        lambda rate: _by_kind(
-            rate, optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices)
-        ),
-    ),
-    "unit_scale_shape_muon_leaf": Contender(
-        "unit_scale_shape_muon with unit_scale of whole embeddings",
-        0.03,
-        lambda rate: _by_kind(
-            rate, optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices), rows=False
-        ),
+        lambda rate: _by_kind(rate, unit_scale(), _orthogonal(), rows=False),
     ),
 }
 TRANSFERRED = (
@@ -225,7 +204,7 @@ TRANSFERRED = (
     "unit_scale_last",
     "unit_scale_shape",
     "unit_scale_shape_rows",
-    "unit_scale_shape_muon",
+    "unit_scale_muon",
 )
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")
