@@ -66,7 +66,7 @@ def _by_kind(
             },
             layers.kinds,
         ),
-        scale_by_shape(),
+        scale_by_shape(dimension_numbers=layers.matrices),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -83,7 +83,7 @@ def _spectral(rate: Any) -> optax.GradientTransformation:
             },
             layers.kinds,
         ),
-        scale_by_shape(),
+        scale_by_shape(dimension_numbers=layers.matrices),
         _sgd(rate),
     )
 

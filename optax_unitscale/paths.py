@@ -63,8 +63,10 @@ def make_prefix(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Pref
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths."""
+    # Subtrees without leaves are children too; None inside one may be a leaf.
     everything, _ = tree_flatten_with_path(
-        tree, is_leaf=lambda x: (is_leaf and is_leaf(x)) or _is_empty(x)
+        tree,
+        is_leaf=lambda x: (is_leaf and is_leaf(x)) or not jax.tree.leaves(x, is_leaf=is_leaf),
     )
     children: dict[KeyPath, set[Any]] = collections.defaultdict(set)
     for keys, _ in everything:
