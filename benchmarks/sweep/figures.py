@@ -15,15 +15,14 @@ from benchmarks.tasks import Task
 __all__ = ["STYLES", "plot_rates"]
 
 # unit_scale's ways in warm colours and whole lines, the others cold and dashed.
-_WARM = plt.colormaps["autumn"](np.linspace(0.0, 0.75, 6))
-_COLD = plt.colormaps["winter"](np.linspace(0.0, 0.9, 6))
+_OURS = [name for name in COMPARED if name.startswith("unit_scale")]
+_OTHERS = [name for name in COMPARED if not name.startswith("unit_scale")]
 STYLES = {
     name: {"color": color, "linestyle": line, "marker": marker}
-    for names, colors, line in (
-        ([name for name in COMPARED if name.startswith("unit_scale")], _WARM, "-"),
-        ([name for name in COMPARED if not name.startswith("unit_scale")], _COLD, "--"),
+    for names, colors, last, line in ((_OURS, "autumn", 0.75, "-"), (_OTHERS, "winter", 0.9, "--"))
+    for name, color, marker in zip(
+        names, plt.colormaps[colors](np.linspace(0.0, last, len(names))), "osv^DPX*", strict=False
     )
-    for name, color, marker in zip(names, colors, "osv^DP", strict=True)
 }
 
 
