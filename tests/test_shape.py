@@ -113,6 +113,18 @@ def test_nnxs_layers_are_known():
     assert found == pytest.approx({**LAYERS, **conv, **cell, "slope": 1})
 
 
+def test_numbers_of_some_of_nnxs_leaves_leave_the_others_to_the_default():
+    """As `optax.contrib.muon` takes them: a callable that maps over the parameters."""
+
+    def turned(params: Any) -> Any:
+        return jax.tree.map(lambda x: Axes(1, 0) if x.shape == (9, 36) else None, params)
+
+    params = nnx.state(nnx.eval_shape(lambda: NNXModel(nnx.Rngs(0))), nnx.Param)
+    found, expected = factors(params, dimension_numbers=turned), factors(params)
+    assert found == pytest.approx({**expected, "dense/kernel": 0.5})
+    assert factors(params, dimension_numbers=turned(params)) == pytest.approx(found)
+
+
 def test_linens_layers_are_known():
     params = jax.eval_shape(LinenModel().init, jax.random.key(0))["params"]
     convs = {"Conv_0/kernel": 0.5, "Conv_0/bias": 3, "Conv_1/kernel": 1, "Conv_1/bias": 8**0.5}
