@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import NoReturn
 
-from benchmarks import training
 from benchmarks.arguments import Parser
+from benchmarks.training import loop
 
 __all__ = ["check_same", "choose_folder", "make_folder", "open_log", "write"]
 
@@ -41,10 +41,10 @@ def write(path: pathlib.Path, text: str) -> None:
     whole.replace(path)
 
 
-def open_log(parser: Parser, path: pathlib.Path) -> training.Log:
+def open_log(parser: Parser, path: pathlib.Path) -> loop.Log:
     """A log in a run's folder."""
     try:
-        return training.Log(path)
+        return loop.Log(path)
     except (OSError, ValueError) as error:
         _cannot_use(parser, path.parent, error)
 
@@ -74,7 +74,7 @@ def choose_folder(
     return options.out
 
 
-def check_same(parser: Parser, log: training.Log, configs: list[training.Config]) -> None:
+def check_same(parser: Parser, log: loop.Log, configs: list[loop.Config]) -> None:
     """Refuses to go on with a run that was started otherwise."""
     for config in configs:
         runs = log.of("run", config.optimizer)

@@ -14,12 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import data, tasks, training
+from benchmarks import data, tasks
 from benchmarks.__main__ import main
 from benchmarks.optimizers import SHOWN
-from benchmarks.sharding import Layout
 from benchmarks.tasks import language_modelling
-from benchmarks.training import Log
+from benchmarks.training import loop
+from benchmarks.training.loop import Log
+from benchmarks.training.sharding import Layout
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 8
@@ -135,8 +136,8 @@ def test_leftover_checkpoints_are_neither_adopted_nor_overwritten(tmp_path, caps
 
 
 def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
-    config = training.Config("language_modelling", "0", "sgd", 0.1, STEPS, 2, 0)
-    training.Log(tmp_path / "metrics.jsonl").append(**training.describe(config, Layout()))
+    config = loop.Config("language_modelling", "0", "sgd", 0.1, STEPS, 2, 0)
+    loop.Log(tmp_path / "metrics.jsonl").append(**loop.describe(config, Layout()))
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--optimizer", "sgd", "--out", str(tmp_path), "--resume"])
     assert "has data_sha256 0 for sgd, not " in capsys.readouterr().err

@@ -20,7 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.models.gpt import GPTConfig
 from benchmarks.timing import growth, pytorch, trees
 from benchmarks.timing.jobs import PARTS, plan
-from benchmarks.timing.measurement import Contender, compile_function, summarize
+from benchmarks.timing.measurement import Timed, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
 from benchmarks.timing.tables import tables
 
@@ -172,12 +172,12 @@ def test_a_result_that_takes_a_donated_argument_is_no_memory_and_another_is():
 
 def test_ratio_and_share_are_taken_round_by_round():
     contenders = [
-        Contender("slow read", "ceiling", print, ("read",)),
-        Contender("read", "ceiling", print, ("read",)),
-        Contender("copy", "ceiling", print, ("copy",)),
-        Contender("first", "leaf", print, ("read", "copy")),
-        Contender("other scope", "global", print, ("read", "copy")),
-        Contender("second", "leaf", print, ("read",), {"leaves": 7}),
+        Timed("slow read", "ceiling", print, ("read",)),
+        Timed("read", "ceiling", print, ("read",)),
+        Timed("copy", "ceiling", print, ("copy",)),
+        Timed("first", "leaf", print, ("read", "copy")),
+        Timed("other scope", "global", print, ("read", "copy")),
+        Timed("second", "leaf", print, ("read",), {"leaves": 7}),
     ]
     times = [[9, 9, 9], [1, 2, 3], [2, 4, 6], [4, 8, 12], [3, 3, 3], [8, 4, 6]]
     rows = {row["name"]: row for row in summarize(contenders, np.array(times, float), 100)}

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 from oracle import epsilon
 
-from benchmarks import boolq, minilm, optimizers
+from benchmarks import optimizers
 from benchmarks.__main__ import main
 from benchmarks.models.bert import Bert, BertConfig, Classifier, mean, restore
 from benchmarks.tasks import finetune
+from benchmarks.tasks.shared import boolq, minilm
 
 # Recorded by source/record_minilm.py.
 RECORD = np.load(pathlib.Path(__file__).parent / "source" / "minilm.npz")

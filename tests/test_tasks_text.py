@@ -11,13 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks import boolq, data
+from benchmarks import data
 from benchmarks.__main__ import main
-from benchmarks.completion import END, PAD, SEPARATOR, Examples, Pairs, loss
 from benchmarks.models.gpt import GPT, GPTConfig, complete
 from benchmarks.models.reader import Reader
 from benchmarks.tasks import Task, dialogue, question_answering, summarization, translation
 from benchmarks.tasks import load as load_task
+from benchmarks.tasks.shared import boolq
+from benchmarks.tasks.shared.completion import END, PAD, SEPARATOR, Examples, Pairs, loss
 
 NAMES = ["dialogue", "question_answering", "summarization", "translation"]
 SPLITS = ["train", "validation", "test"]

@@ -12,11 +12,19 @@ from flax import nnx
 
 from benchmarks import tasks
 from benchmarks.__main__ import main
-from benchmarks.detection import SYMMETRIES, average_precision, cut, decode, encode, hit, turn
 from benchmarks.models.detector import STRIDE, Detector
 from benchmarks.models.mlp import MLP
 from benchmarks.tasks import exploding, image_classification, object_detection, vanishing
-from benchmarks.training import Log
+from benchmarks.tasks.shared.detection import (
+    SYMMETRIES,
+    average_precision,
+    cut,
+    decode,
+    encode,
+    hit,
+    turn,
+)
+from benchmarks.training.loop import Log
 from optax_unitscale import gradient_norms
 
 NAMES = ["image_classification", "object_detection", "vanishing", "exploding"]

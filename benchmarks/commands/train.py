@@ -10,11 +10,12 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import data, interrupt, processes, report, runs, training
+from benchmarks import data, interrupt, runs
 from benchmarks.arguments import Parser, positive_number, whole_number
 from benchmarks.optimizers import CONTENDERS, SHOWN
-from benchmarks.sharding import Layout
 from benchmarks.tasks import TASKS, Task, load, summary
+from benchmarks.training import loop, processes, report
+from benchmarks.training.sharding import Layout
 
 __all__ = ["EPILOG", "add_arguments", "run"]
 
@@ -101,7 +102,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     processes.check_arguments(parser, options, batch_size)
     out = runs.choose_folder(parser, options, "train", ("metrics.jsonl", "checkpoints"))
     configs = [
-        training.Config(
+        loop.Config(
             task=options.task,
             data_sha256=task.fingerprint,
             optimizer=name,
@@ -125,7 +126,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         if options.resume and not log.entries:
             console.print("There is no run yet to resume; starting one.")
         train = functools.partial(
-            training.train, task=task, log=log, every=options.checkpoint_every, layout=layout
+            loop.train, task=task, log=log, every=options.checkpoint_every, layout=layout
         )
         with interrupt.deferred() as stop:
             with report.progress(console, task.unit) as bar:
@@ -140,7 +141,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
 def _train(
     bar: Progress,
-    configs: list[training.Config],
+    configs: list[loop.Config],
     tokens: int,
     train: Callable[..., Iterator[tuple[int, float]]],
     checkpoints: pathlib.Path,
@@ -160,9 +161,7 @@ def _train(
     return True
 
 
-def _show(
-    console: Console, log: training.Log, names: list[str], task: Task, out: pathlib.Path
-) -> None:
+def _show(console: Console, log: loop.Log, names: list[str], task: Task, out: pathlib.Path) -> None:
     started = [name for name in names if log.of("step", name)]
     if not started:
         return

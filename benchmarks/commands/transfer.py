@@ -26,7 +26,7 @@ from benchmarks.optimizers import CONTENDERS, TRANSFERRED
 from benchmarks.sweep import session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
-from benchmarks.training import Log
+from benchmarks.training.loop import Log
 
 __all__ = ["add_arguments", "run"]
 

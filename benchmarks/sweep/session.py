@@ -15,7 +15,7 @@ from benchmarks import machine
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.sweep import jobs
 from benchmarks.sweep.trial import Trial
-from benchmarks.training import Log
+from benchmarks.training.loop import Log
 
 __all__ = ["PACKAGES", "add_arguments", "begin", "run", "trials"]
 

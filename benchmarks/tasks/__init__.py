@@ -19,7 +19,7 @@ Batch = Any
 Rows = slice | np.ndarray
 
 # Each module here has a function `load` that returns its Task.
-TASKS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+TASKS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
 
 
 @dataclasses.dataclass(frozen=True)

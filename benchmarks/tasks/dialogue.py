@@ -7,9 +7,9 @@ import json
 import jax.numpy as jnp
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, evaluation_loss, make_task
 from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.completion import Pair, Pairs, evaluation_loss, make_task
 
 __all__ = ["load", "pairs", "splits"]
 

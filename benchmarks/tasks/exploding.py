@@ -5,10 +5,10 @@ The image is a sequence of 112 steps, each of which can make a gradient larger b
 
 from flax import nnx
 
-from benchmarks.classification import make_task
 from benchmarks.models.rnn import RNN
 from benchmarks.tasks import Task
 from benchmarks.tasks.image_classification import splits
+from benchmarks.tasks.shared.classification import make_task
 
 __all__ = ["load"]
 

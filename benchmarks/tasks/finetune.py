@@ -5,10 +5,10 @@ import functools
 import numpy as np
 from flax import nnx
 
-from benchmarks import minilm
-from benchmarks.boolq import Examples, make_task, splits
 from benchmarks.models.bert import Classifier
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared import minilm
+from benchmarks.tasks.shared.boolq import Examples, make_task, splits
 
 __all__ = ["examples", "load"]
 

@@ -7,9 +7,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import data
-from benchmarks.classification import Images, make_task, split
 from benchmarks.models.cnn import CNN
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.classification import Images, make_task, split
 
 __all__ = ["load", "splits"]
 

@@ -19,9 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from benchmarks import data
-from benchmarks.detection import SYMMETRIES, average_precision, cut, decode, encode, hit, turn
 from benchmarks.models.detector import STRIDE, Detector
 from benchmarks.tasks import Rows, Task
+from benchmarks.tasks.shared.detection import (
+    SYMMETRIES,
+    average_precision,
+    cut,
+    decode,
+    encode,
+    hit,
+    turn,
+)
 
 __all__ = ["Photograph", "load", "splits"]
 

@@ -5,10 +5,10 @@ import functools
 import numpy as np
 from flax import nnx
 
-from benchmarks.boolq import Examples, make_task, splits
-from benchmarks.completion import PAD, learn_tokenizer
 from benchmarks.models.reader import Reader
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.boolq import Examples, make_task, splits
+from benchmarks.tasks.shared.completion import PAD, learn_tokenizer
 
 __all__ = ["examples", "load"]
 

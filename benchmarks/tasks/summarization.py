@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, make_task
 from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.completion import Pair, Pairs, make_task
 
 __all__ = ["load", "pairs", "score", "splits"]
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import sacrebleu
 
 from benchmarks import data
-from benchmarks.completion import Pair, Pairs, make_task
 from benchmarks.models.gpt import GPT
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.completion import Pair, Pairs, make_task
 
 __all__ = ["load", "pairs", "score", "splits"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from benchmarks.classification import Images, make_task, split
 from benchmarks.models.mlp import MLP
 from benchmarks.tasks import Task
+from benchmarks.tasks.shared.classification import Images, make_task, split
 
 __all__ = ["load", "load_depth", "splits"]
 

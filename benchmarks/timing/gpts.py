@@ -11,7 +11,7 @@ from flax import nnx
 
 from benchmarks.models.gpt import GPT
 from benchmarks.timing import pytorch, trees
-from benchmarks.timing.measurement import Contender, Row, compile_function, measure
+from benchmarks.timing.measurement import Row, Timed, compile_function, measure
 from benchmarks.timing.methods import CEILINGS, SCOPES, STEPS, Method
 from benchmarks.timing.trees import MODELS
 
@@ -53,7 +53,7 @@ def transformation(model: str, dtype: str, rounds: int, advance: Callable[[], An
         arrays = stacked if scope == "axis" else plain
         for name, method in methods.items():
             call, facts = arrays.compile(_paired(method), method.needs_params)
-            contenders.append(Contender(name, scope, call, method.passes, facts))
+            contenders.append(Timed(name, scope, call, method.passes, facts))
             advance()
     contenders += pytorch.transformations(shapes)
     return _measure(contenders, model, dtype, shapes, rounds, advance)
@@ -72,7 +72,7 @@ def step(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) -> lis
             return optax.apply_updates(params, updates), None
 
         call, facts = params.compile(apply)
-        contenders.append(Contender(name, "step", call, passes, facts))
+        contenders.append(Timed(name, "step", call, passes, facts))
         advance()
     contenders += pytorch.steps(shapes)
     return _measure(contenders, model, dtype, shapes, rounds, advance)
@@ -112,14 +112,14 @@ def training(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) ->
             return optax.apply_updates(params, updates), value
 
         call, facts = arrays.compile(train)
-        contenders.append(Contender(name, "training", call, facts=facts))
+        contenders.append(Timed(name, "training", call, facts=facts))
         advance()
     shapes = trees.gpt(model, dtype)
     alone = _Arrays(trees.fill(shapes))
     for scope, name in (("leaf", "unit_scale()"), ("global", 'unit_scale(scope="global")')):
         method = SCOPES[scope][name]
         call, facts = alone.compile(_paired(method), needs_kept=False)
-        contenders.append(Contender(f"{name} alone", "training", call, facts=facts))
+        contenders.append(Timed(f"{name} alone", "training", call, facts=facts))
         advance()
     tokens_a_step = {"tokens": SEQUENCES * config.context}
     rows = _measure(contenders, model, dtype, shapes, rounds, advance)
@@ -130,7 +130,7 @@ def _paired(method: Method) -> Callable[[Any, Any], tuple[Any, None]]:
     return lambda updates, params: (method.function(updates, params), None)
 
 
-def _ceilings(arrays: _Arrays, advance: Callable[[], Any]) -> list[Contender]:
+def _ceilings(arrays: _Arrays, advance: Callable[[], Any]) -> list[Timed]:
     """What memory allows: over the same leaves, and over one float32 array of as many bytes."""
     words = -(-_bytes(arrays.donated) // 4)
     whole = _Arrays(jnp.ones(words, jnp.float32), jnp.ones(words, jnp.float32))
@@ -138,13 +138,13 @@ def _ceilings(arrays: _Arrays, advance: Callable[[], Any]) -> list[Contender]:
     for place, of in (("same leaves", arrays), ("one array", whole)):
         for name, function in CEILINGS.items():
             call, facts = of.compile(function, needs_kept=name == "triad")
-            contenders.append(Contender(f"{name}, {place}", "ceiling", call, (name,), facts))
+            contenders.append(Timed(f"{name}, {place}", "ceiling", call, (name,), facts))
             advance()
     return contenders
 
 
 def _measure(
-    contenders: list[Contender],
+    contenders: list[Timed],
     model: str,
     dtype: str,
     shapes: Any,

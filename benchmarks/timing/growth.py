@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.timing import trees
-from benchmarks.timing.measurement import Contender, Row, compile_function, measure
+from benchmarks.timing.measurement import Row, Timed, compile_function, measure
 from optax_unitscale import unit_scale
 
 __all__ = ["COMPILE_LIMIT", "GROUPS", "LEAVES", "eager", "groups", "leaves"]
@@ -37,7 +37,7 @@ def eager(rounds: int, advance: Callable[[], Any]) -> list[Row]:
 
     names = ("optax.normalize_by_update_norm()", *TRANSFORMATIONS)
     contenders = [
-        Contender(name, "eager", call_of(TRANSFORMATIONS[name][1])) for name in dict.fromkeys(names)
+        Timed(name, "eager", call_of(TRANSFORMATIONS[name][1])) for name in dict.fromkeys(names)
     ]
     about = {"leaves": EAGER_LEAVES, "parameters": trees.parameters(updates)}
     return [about | row for row in measure(contenders, rounds, advance)]
@@ -75,7 +75,7 @@ def leaves(
         seconds = facts["trace_seconds"] + facts["compile_seconds"]
         if seconds > COMPILE_LIMIT:
             stopped[name] = f"its compilation for {count} leaves took {seconds:.0f} s"
-        contenders.append(Contender(name, scope, _handing(held, program), facts=facts))
+        contenders.append(Timed(name, scope, _handing(held, program), facts=facts))
         advance()
     if contenders:
         rows += [about | row for row in measure(contenders, rounds, advance)]
@@ -113,7 +113,7 @@ def groups(count: int, rounds: int, advance: Callable[[], Any]) -> list[Row]:
         names = (f"x * rsqrt(sum(x * x, {axis}))", f"unit_scale(axis={axis})")
         for name, function in zip(names, (naive, ours), strict=True):
             program, facts = compile_function(function, held[0], donate=0)
-            contenders.append(Contender(name, scope, _handing(held, program), facts=facts))
+            contenders.append(Timed(name, scope, _handing(held, program), facts=facts))
             advance()
     about = {"groups": count, "parameters": 4 * 2**20}
     return [about | row for row in measure(contenders, rounds, advance)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.timing.methods import PASSES
 
-__all__ = ["Contender", "Row", "compile_function", "measure", "quartiles", "summarize"]
+__all__ = ["Row", "Timed", "compile_function", "measure", "quartiles", "summarize"]
 
 Row = dict[str, Any]
 WARM_UP = 3
@@ -19,7 +19,7 @@ SETTLE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Timed:
     """Something to time.
 
     Attributes:
@@ -61,7 +61,7 @@ def _beyond_arguments(memory: Any) -> int:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    contenders: Sequence[Timed],
     rounds: int,
     advance: Callable[[], Any],
     gradient_bytes: int | None = None,
@@ -93,7 +93,7 @@ def measure(
 
 
 def summarize(
-    contenders: Sequence[Contender], times: np.ndarray, gradient_bytes: int | None = None
+    contenders: Sequence[Timed], times: np.ndarray, gradient_bytes: int | None = None
 ) -> list[Row]:
     """What `measure` returns, from the seconds of each contender in each round.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.timing.measurement import Contender
+from benchmarks.timing.measurement import Timed
 
 __all__ = ["INSTALLED", "steps", "transformations"]
 
@@ -18,8 +18,8 @@ _SCALE = ("read", "copy")
 _STEP = ("read", "triad")
 
 
-def transformations(shapes: Any) -> list[Contender]:
-    """Contenders of the scopes "leaf" and "global", on gradients of their own."""
+def transformations(shapes: Any) -> list[Timed]:
+    """What to time of the scopes "leaf" and "global", on gradients of their own."""
     if not INSTALLED:
         return []
     torch, params = _params(shapes)
@@ -36,13 +36,13 @@ def transformations(shapes: Any) -> list[Contender]:
         torch.nn.utils.clip_grad_norm_(params, 0.5)
 
     return [
-        Contender("torch: p.grad /= norm(p.grad)", "leaf", _waiting(torch, loop), _SCALE),
-        Contender("torch: foreach norm, div", "leaf", _waiting(torch, foreach), _SCALE),
-        Contender("torch: clip_grad_norm_(0.5)", "global", _waiting(torch, clip), _SCALE),
+        Timed("torch: p.grad /= norm(p.grad)", "leaf", _waiting(torch, loop), _SCALE),
+        Timed("torch: foreach norm, div", "leaf", _waiting(torch, foreach), _SCALE),
+        Timed("torch: clip_grad_norm_(0.5)", "global", _waiting(torch, clip), _SCALE),
     ]
 
 
-def steps(shapes: Any) -> list[Contender]:
+def steps(shapes: Any) -> list[Timed]:
     """Whole optimizer steps, of scope "step"."""
     if not INSTALLED:
         return []
@@ -55,8 +55,8 @@ def steps(shapes: Any) -> list[Contender]:
         sgd.step()
 
     return [
-        Contender("torch: SGD", "step", _waiting(torch, sgd.step), ("triad",)),
-        Contender("torch: foreach norm, div, SGD", "step", _waiting(torch, foreach), _STEP),
+        Timed("torch: SGD", "step", _waiting(torch, sgd.step), ("triad",)),
+        Timed("torch: foreach norm, div, SGD", "step", _waiting(torch, foreach), _STEP),
     ]
 
 

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import crash
 from benchmarks.arguments import Parser, mesh_sizes, whole_number
-from benchmarks.sharding import AXES, make_mesh
+from benchmarks.training import crash
+from benchmarks.training.sharding import AXES, make_mesh
 
 __all__ = ["add_arguments", "check_arguments", "is_first", "joined", "stopped"]
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.tasks import Task
-from benchmarks.training import Log
+from benchmarks.training.loop import Log
 from optax_unitscale import norm_ratios, plot_norms
 
 __all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import machine, optimizers
-from benchmarks.sharding import Layout
 from benchmarks.tasks import Task
+from benchmarks.training.sharding import Layout
 
 __all__ = ["Config", "Log", "describe", "train"]
 

@@ -1,0 +1,1 @@
+"""What several tasks share: their data, how they are read, losses and metrics."""
