@@ -5,12 +5,16 @@ import itertools
 import json
 import pathlib
 import re
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.commands.range import METHODS, extent
+from benchmarks.optimizers import CONTENDERS
 from benchmarks.sweep import verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -18,8 +22,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_each_python_block_runs(block):
+@pytest.mark.parametrize("block", BLOCKS[:2])
+def test_each_block_that_trains_runs(block):
     names = {}
     exec(block, names)
     trained = names.get("model") if "nnx" in names else names["state"].params
@@ -27,7 +31,25 @@ def test_each_python_block_runs(block):
 
 
 def test_both_flax_interfaces_are_shown():
-    assert [re.findall("nnx|linen", block)[0] for block in BLOCKS] == ["nnx", "linen"]
+    assert [re.findall("nnx|linen", block)[0] for block in BLOCKS[:2]] == ["nnx", "linen"]
+
+
+def test_the_recipe_is_the_contender():
+    names: dict[str, Any] = {}
+    exec(BLOCKS[2], names)
+    rng = np.random.default_rng(0)
+    params = {
+        name: {"kernel": rng.normal(size=(8, 8)), "bias": rng.normal(size=8)} for name in "ab"
+    }
+    params = jax.tree.map(jnp.float32, params)
+    updates = []
+    for tx in (names["optimizer"], CONTENDERS["unit_scale_spectral"].make(0.01)):
+        state = tx.init(params)
+        # Optax's Muon mixes an integer count with floats.
+        with jax.numpy_dtype_promotion("standard"):
+            _, state = tx.update(params, state, params)
+            updates.append(tx.update(params, state, params)[0])
+    chex.assert_trees_all_close(*updates, rtol=1e-6)
 
 
 def test_the_table_of_magnitudes_is_that_of_the_file():
@@ -130,30 +152,41 @@ def test_the_table_of_tasks_is_that_of_the_file():
         task: {place["optimizer"]: place["mean"] for place in result["standings"]}
         for task, result in results.items()
     }
-    for task in ("vanishing", "vanishing_16"):
+    for task in ("vanishing", "vanishing_16", "vanishing_32"):
         for name in ("sgd", "clip", "lion", "unit_scale_global"):
             assert means[task][name] < 12
-        assert means[task]["unit_scale_rms"] > 65
-    assert max(means["vanishing_32"].values()) < 25
-    exploding = means["exploding"]
-    assert exploding["unit_scale"] == max(exploding.values())
+    assert means["vanishing"]["unit_scale"] > 85
+    assert means["vanishing_16"]["muon"] > 95
+    for task, least in (("vanishing_4", 97), ("vanishing", 97), ("vanishing_16", 95)):
+        assert means[task]["unit_scale_spectral"] > least
+    deepest = dict(means["vanishing_32"])
+    assert deepest.pop("unit_scale_spectral") > 93
+    assert max(deepest.values()) < 25
+    exploding = {x["optimizer"]: x["test"] for x in results["exploding"]["standings"]}
+    others = [min(exploding[name]) for name in ("unit_scale", "unit_scale_muon")]
+    assert min(others) >= max(max(v) for k, v in exploding.items() if not k.startswith("unit_"))
     # With the sign by which less is better.
     signs = {task: -1 if x["higher_is_better"] else 1 for task, x in results.items()}
     loss = {task: {name: signs[task] * x for name, x in means[task].items()} for task in means}
+    outcomes = {
+        task: getattr(verdicts.judge(result), "outcome", None) for task, result in results.items()
+    }
     for task in ("language_modelling", "translation", "dialogue"):
-        others, ours = {True: {}, False: {}}, loss[task]
-        for name, mean in ours.items():
-            others[name.startswith("unit_scale")][name] = mean
-        assert min(ours, key=lambda name: ours[name]) == "muon"
-        assert ours["adamw"] < min(others[True].values()) == ours["unit_scale_adam"]
-        assert ours["unit_scale_adam"] < min(ours["sgd"], ours["clip"])
-        worst = max(ours, key=lambda name: ours[name])
-        assert (worst == "unit_scale_sinkhorn") == (task != "language_modelling")
-    assert loss["language_modelling"]["unit_scale_sinkhorn"] < loss["language_modelling"]["sgd"]
-    for task in ("image_classification", "summarization", "question_answering"):
+        ours = loss[task]
         verdict = verdicts.judge(results[task])
         assert verdict
-        assert verdict.outcome == "level"
+        assert (verdict.ours["optimizer"], verdict.other["optimizer"]) == (
+            "unit_scale_muon",
+            "muon",
+        )
+        orthogonal = ("unit_scale_muon", "unit_scale_spectral")
+        without = [x for name, x in ours.items() if name[:4] == "unit" and name not in orthogonal]
+        assert ours["adamw"] < min(without) == ours["unit_scale_adam"]
+        assert ours["unit_scale_adam"] < min(ours["sgd"], ours["clip"])
+    assert outcomes["dialogue"] == "better"
+    level = ("language_modelling", "translation", "image_classification", "summarization")
+    for task in (*level, "question_answering", "object_detection"):
+        assert outcomes[task] == "level"
     assert 61.8 < max(means["question_answering"].values()) < 65
     for task, result in results.items():
         pair = ("unit_scale", "unit_scale_last")
