@@ -43,13 +43,13 @@ def test_the_recipe_is_the_contender():
     }
     params = jax.tree.map(jnp.float32, params)
     updates = []
-    for tx in (names["optimizer"], CONTENDERS["unit_scale_spectral"].make(0.01)):
+    for tx in (names["tx"], CONTENDERS["unit_scale_spectral"].make(0.01)):
         state = tx.init(params)
         # Optax's Muon mixes an integer count with floats.
         with jax.numpy_dtype_promotion("standard"):
             _, state = tx.update(params, state, params)
             updates.append(tx.update(params, state, params)[0])
-    chex.assert_trees_all_close(*updates, rtol=1e-6)
+    chex.assert_trees_all_close(*updates, rtol=1e-5)
 
 
 def test_the_table_of_magnitudes_is_that_of_the_file():
@@ -155,7 +155,9 @@ def test_the_table_of_tasks_is_that_of_the_file():
     for task in ("vanishing", "vanishing_16", "vanishing_32"):
         for name in ("sgd", "clip", "lion", "unit_scale_global"):
             assert means[task][name] < 12
-    assert means["vanishing"]["unit_scale"] > 85
+    assert f"{means['vanishing']['unit_scale']:.0f}" == "89"
+    assert f"{means['vanishing_16']['unit_scale']:.0f}" == "52"
+    assert means["vanishing"]["lamb"] > 95
     assert means["vanishing_16"]["muon"] > 95
     for task, least in (("vanishing_4", 97), ("vanishing", 97), ("vanishing_16", 95)):
         assert means[task]["unit_scale_spectral"] > least
@@ -163,8 +165,8 @@ def test_the_table_of_tasks_is_that_of_the_file():
     assert deepest.pop("unit_scale_spectral") > 93
     assert max(deepest.values()) < 25
     exploding = {x["optimizer"]: x["test"] for x in results["exploding"]["standings"]}
-    others = [min(exploding[name]) for name in ("unit_scale", "unit_scale_muon")]
-    assert min(others) >= max(max(v) for k, v in exploding.items() if not k.startswith("unit_"))
+    others = [max(x) for name, x in exploding.items() if not name.startswith("unit_scale")]
+    assert min(exploding["unit_scale"]) > max(others)
     # With the sign by which less is better.
     signs = {task: -1 if x["higher_is_better"] else 1 for task, x in results.items()}
     loss = {task: {name: signs[task] * x for name, x in means[task].items()} for task in means}
@@ -183,7 +185,10 @@ def test_the_table_of_tasks_is_that_of_the_file():
         without = [x for name, x in ours.items() if name[:4] == "unit" and name not in orthogonal]
         assert ours["adamw"] < min(without) == ours["unit_scale_adam"]
         assert ours["unit_scale_adam"] < min(ours["sgd"], ours["clip"])
+        assert ours["clip"] < ours["unit_scale"]
     assert outcomes["dialogue"] == "better"
+    for task in ("summarization", "question_answering"):
+        assert loss[task]["muon"] < loss[task]["unit_scale_spectral"]
     level = ("language_modelling", "translation", "image_classification", "summarization")
     for task in (*level, "question_answering", "object_detection"):
         assert outcomes[task] == "level"
@@ -205,4 +210,7 @@ def test_the_table_of_tasks_is_that_of_the_file():
         gaps = [
             {x["optimizer"]: x["gap"] for x in result["standings"]} for result in results.values()
         ]
+        learnt = {*results} - {"vanishing", "vanishing_16", "vanishing_32", "exploding"}
+        gaps = [gap for task, gap in zip(results, gaps, strict=True) if task in learnt]
+        assert len(gaps) == 8
         assert sum(gap["unit_scale"] < gap[other] for gap in gaps) == wins
