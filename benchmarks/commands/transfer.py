@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -191,6 +192,8 @@ def _plot(name: str, log: Log, results: dict[str, dict[int, Any]]) -> Figure:
             if size in found:
                 panel.plot(*found[size][:2], "o", color=color, markersize=8)
         panel.set(title=optimizer, xscale="log", xlabel="peak learning rate")
+        # Over less than a decade they would overlap.
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     for panel in axes.flat[len(results) :]:
         panel.set_axis_off()
