@@ -141,7 +141,7 @@ CONTENDERS = {
     "unit_scale_sinkhorn": Contender(
         "unit_scale of rows and columns in turn (SinkGD), a tenth of the rate for vectors, then "
         "SGD with momentum",
-        0.03,
+        0.01,
         lambda rate: optax.chain(
             *[unit_scale(axis=axis) for axis in (layers.outputs, layers.inputs)] * 3,
             optax.masked(optax.scale(0.1), layers.are_vectors),
