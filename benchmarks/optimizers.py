@@ -13,7 +13,7 @@ import optax
 from benchmarks import layers
 from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
 
-__all__ = ["COMPARED", "CONTENDERS", "SHOWN", "TRANSFERRED", "Contender", "make"]
+__all__ = ["COMPARED", "CONTENDERS", "ORTHOGONAL", "SHOWN", "TRANSFERRED", "Contender", "make"]
 
 MOMENTUM = 0.9
 # The fan-in of a kernel for which AdamW with the 1/width rule is AdamW.
@@ -206,6 +206,8 @@ TRANSFERRED = (
     "unit_scale_shape_rows",
     "unit_scale_muon",
 )
+# Those with Muon's orthogonal matrices.
+ORTHOGONAL = ("muon", "unit_scale_muon", "unit_scale_muon_leaf", "unit_scale_spectral")
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")
 

@@ -13,8 +13,8 @@ from flax import nnx
 from test_benchmarks_compare import trial
 
 from benchmarks import __main__
-from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, TRANSFERRED
-from benchmarks.sweep import transfer_search
+from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERRED
+from benchmarks.sweep import session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 
 
@@ -102,11 +102,10 @@ def test_the_width_rule_divides_the_rate_of_kernels_and_of_nothing_else():
 
 # Whose kernels, of rank one here, have the spectral norm √(64/16).
 SHAPED = [name for name in CONTENDERS if "_shape" in name]
-ORTHOGONAL = ["unit_scale_muon", "unit_scale_muon_leaf", "unit_scale_spectral"]
 WHOLE = ["unit_scale_shape", "unit_scale_shape_vectors", "unit_scale_muon_leaf"]
 
 
-@pytest.mark.parametrize("name", [*SHAPED, *ORTHOGONAL])
+@pytest.mark.parametrize("name", [*SHAPED, *(name for name in ORTHOGONAL if name != "muon")])
 @pytest.mark.parametrize("size", [3.0, 1e-30])
 def test_unit_scale_with_shape_makes_steps_of_the_spectral_length(name, size):
     """At any magnitude, where Muon alone, which adds 1e-8, makes none."""
@@ -161,6 +160,28 @@ def test_a_size_that_no_member_has_is_refused_in_one_line(capsys):
         "--size: none has 7, expected one of mlp_width: 64, 256, 1024, 4096\n"
         in capsys.readouterr().err
     )
+
+
+def test_what_costs_the_cube_of_the_width_is_left_out_where_nobody_asks_for_it(
+    tmp_path, capsys, monkeypatch
+):
+    ran = []
+    monkeypatch.setattr(session, "run", lambda *args: ran.extend(str(job) for job, _, _ in args[3]))
+    command = ["transfer", "--family", "mlp_width", "--out", str(tmp_path), "--resume"]
+    (tmp_path / "mlp_width.jsonl").touch()
+    sizes = ["--size", "1024", "--size", "4096"]
+    assert __main__.main([*command, *sizes]) == 0
+    left = [name for name in TRANSFERRED if name in ORTHOGONAL]
+    assert set(ran) == {
+        f"{name} on mlp_width {size}"
+        for name in TRANSFERRED
+        for size in ((1024,) if name in left else (1024, 4096))
+    }
+    text = capsys.readouterr().out
+    assert all(f"left out on CPU but for --optimizer: {x} on mlp_width 4096" in text for x in left)
+    ran.clear()
+    assert __main__.main([*command, "--size", "4096", "--optimizer", left[0]]) == 0
+    assert ran == [f"{left[0]} on mlp_width 4096"]
 
 
 def test_every_optimizer_that_is_transferred_is_a_contender():

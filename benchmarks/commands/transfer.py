@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks import interrupt, machine, runs
 from benchmarks.arguments import Parser, whole_number
-from benchmarks.optimizers import CONTENDERS, TRANSFERRED
+from benchmarks.optimizers import CONTENDERS, ORTHOGONAL, TRANSFERRED
 from benchmarks.sweep import session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
@@ -90,6 +90,9 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     todo = []
     for name in names:
         for size, optimizer in itertools.product(sizes[name], optimizers):
+            if _is_too_slow(options, name, size, optimizer):
+                console.print(f"left out on CPU but for --optimizer: {optimizer} on {name} {size}")
+                continue
             done = session.trials(logs[name], size=size, optimizer=optimizer)
             # How many it takes shows on the way; one that is complete finds that out at once.
             job = transfer_search.Job(name, size, optimizer, length, done)
@@ -129,6 +132,12 @@ def _sizes(parser: Parser, options: argparse.Namespace, names: Sequence[str]) ->
         for name, sizes in every.items()
     }
     return {name: sizes for name, sizes in wanted.items() if sizes}
+
+
+def _is_too_slow(options: argparse.Namespace, name: str, size: int, optimizer: str) -> bool:
+    """Whether a member takes hours, and nobody asked for this optimizer."""
+    is_small = options.preset == "accelerator" or size <= FAMILIES[name].orthogonal
+    return optimizer in ORTHOGONAL and not is_small and not options.optimizer
 
 
 def _results(log: Log) -> dict[str, dict[int, Any]]:

@@ -33,12 +33,15 @@ class Family(NamedTuple):
       sizes: on CPU.
       large: on an accelerator.
       member: makes one, from a size and how many times the steps.
+      orthogonal: on CPU, the largest size for those of `ORTHOGONAL`, whose steps cost the cube of
+        the width, unless they are asked for.
     """
 
     what: str
     sizes: tuple[int, ...]
     large: tuple[int, ...]
     member: Callable[[int, float], Member]
+    orthogonal: float = math.inf
 
 
 def _unmeasured(*_: Any) -> float:
@@ -87,6 +90,8 @@ FAMILIES = {
         (64, 256, 1024, 4096),
         (64, 256, 1024, 4096, 16384),
         lambda size, length: Member(_mlp(size), round(60 * length), 64),
+        # At 4096 a step takes 40 s on one core, and all of them eight hours.
+        orthogonal=1024,
     ),
     "gpt_batch": Family(
         "sequences in a batch of a GPT of width 64",
