@@ -144,6 +144,7 @@ def test_the_table_of_tasks_is_that_of_the_file():
     file = ROOT / "benchmarks/results/cpu-2-cores/compare/compare.json"
     results = json.loads(file.read_text())
     assert verdicts.table(results) + "\n" in README
+    assert not any(x["at_edge"] for result in results.values() for x in result["standings"])
     places = {x["optimizer"]: x["test"] for x in results["language_modelling"]["standings"]}
     low, high = min(places["unit_scale"]), max(places["unit_scale"])
     assert f"three further seeds end at {low:.2f} to {high:.2f} bits" in " ".join(README.split())
