@@ -86,8 +86,34 @@ def _column_sum(norm: str, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # float32 holds all squares of float16 and, but for complex numbers, all maxima; in float64
     # XLA:GPU would not take a maximum and the sum that goes with it in one pass.
     is_narrow = x.dtype == np.float16 or (norm == "linf" and not jnp.iscomplexobj(x))
+    outer = ()
+    if x.dtype == jnp.bfloat16 and not is_narrow:
+        x, axes, outer = _split(x, axes)
     parts = real_parts(x, np.dtype(np.float32 if is_narrow else np.float64))
-    return lax.convert_element_type(sum_of(norm, parts, axes, parts), np.float64)
+    total = lax.convert_element_type(sum_of(norm, parts, axes, parts), np.float64)
+    # XLA would make one sum of the two.
+    return lax.reduce_sum(lax.optimization_barrier(total), outer) if outer else total
+
+
+def _split(
+    x: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """Splits the longest of the axes in four: what to sum over first, and what then.
+
+    XLA:GPU would rather write squares to memory, in float64, than add up a thousand columns or
+    less; four times as many it adds up at once.
+    """
+    spec = jax.typeof(x).sharding.spec
+    # A size that jax.export leaves open is not an int.
+    sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int)}
+    axis = max((axis for axis in sizes if not spec[axis]), key=sizes.__getitem__, default=None)
+    if axis is None:
+        return x, axes, ()
+    more = [(0, -x.shape[axis] % 4 if other == axis else 0, 0) for other in range(x.ndim)]
+    x = lax.pad(x, np.zeros((), x.dtype), more)
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // 4, 4, *x.shape[axis + 1 :])
+    inner = tuple(other + (other > axis) for other in axes)
+    return x, inner, (axis - sum(other < axis for other in axes),)
 
 
 def divide_small(

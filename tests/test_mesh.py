@@ -133,6 +133,21 @@ def test_the_program_for_gpu_gives_the_same_update_and_sends_only_scalars(way, s
         check_same(result, scaled(gradients(magnitudes), norm, scope=scope))
 
 
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_program_for_gpu_takes_columns_that_devices_share(kind, spec):
+    gradient = {"x": draw((8, 12)).astype(jnp.bfloat16)}
+
+    def update(tree):
+        return scaled(tree, axis=0)
+
+    with jax.set_mesh(mesh := make_mesh(kind)):
+        tree = shard(gradient, mesh, {"x": spec})
+        result = exported_for(update, tree)(tree)
+    check_layout(result, tree)
+    check_same(result, update(gradient))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("way", "bad"), [("jit", np.nan), ("shard_map", -np.inf), ("told", np.inf)]

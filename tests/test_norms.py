@@ -112,6 +112,28 @@ def test_the_program_for_gpu_is_exact_where_magnitudes_meet(norm, platform, axis
     check_group([at_edges[4]], [tree[3][4]], norm)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((1, 6), 0), ((41, 6), 0), ((7, 30, 6), 1), ((2, 3, 10, 6), (0, 1, 2)), ((9, 2, 6), (0, 1))],
+)
+def test_the_program_for_gpu_takes_columns_of_any_number_of_rows(shape, axis, norm):
+    gradient = sample(shape, "bfloat16") * (10.0 ** np.array([-30, -3, 0, 5, 20, 30]))
+    gradient = gradient.astype(jnp.bfloat16)
+    gradient[0, ..., 2] = np.nan
+    x = jnp.asarray(gradient)
+    result = np.asarray(exported_for(lambda tree: scaled(tree, norm, axis=axis), x)(x))
+    axes = np.atleast_1d(axis)
+    kept = np.delete(shape, axes)
+    pair = [np.moveaxis(y, axes, range(len(axes))).reshape(-1, *kept) for y in (result, gradient)]
+    for index in np.ndindex(*kept):
+        column, own = (y[:, *index] for y in pair)
+        if np.isnan(own).any():
+            assert np.isnan(column).all()
+        else:
+            check_group([column], [own], norm)
+
+
 @pytest.mark.usefixtures("leaf_size")
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_slice_has_unit_norm_though_neighbours_differ_by_sixty_decades(norm):
