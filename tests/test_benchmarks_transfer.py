@@ -14,7 +14,7 @@ from test_benchmarks_compare import trial
 
 from benchmarks import __main__
 from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERRED
-from benchmarks.sweep import session, transfer_search
+from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 
 
@@ -149,6 +149,12 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
         assert len(losses) == transfer_search.SEEDS
         assert best["loss"] == pytest.approx(np.mean(losses))
     assert (tmp_path / "mlp_width.png").stat().st_size > 10_000
+    rates = [best["learning_rate"] for best in found.values()]
+    cell = f"{max(rates) / min(rates):.1f}, {found['256']['loss']:.3g}"
+    assert (tmp_path / "transfer.md").read_text() == (
+        "| optimizer | mlp width 64 to 256 |\n| --- | --- |\n"
+        + f"| `unit_scale_shape` | {cell} |\n"
+    )
     assert __main__.main([*command, *sizes, *only, "--resume"]) == 0
     assert (tmp_path / "mlp_width.jsonl").read_text() == before
 
@@ -160,6 +166,23 @@ def test_a_size_that_no_member_has_is_refused_in_one_line(capsys):
         "--size: none has 7, expected one of mlp_width: 64, 256, 1024, 4096\n"
         in capsys.readouterr().err
     )
+
+
+def test_the_table_says_how_far_a_rate_moves_and_where_it_ends():
+    def at(rate, loss):
+        return {"learning_rate": rate, "loss": loss, "range": 0.1}
+
+    results = {
+        "mlp_width": {"muon": {"64": at(0.1, 0.3)}, "adam": {"64": at(0.2, 1.5)}},
+        "gpt_width": {"adam": {"32": at(0.1, 4.0), "128": at(0.4, 3.1234), "64": at(0.05, 5.0)}},
+    }
+    results["mlp_width"]["adam"]["256"] = at(0.1, 1.25)
+    assert moves.table(results).splitlines() == [
+        "| optimizer | gpt width 32 to 128 | mlp width 64 to 256 |",
+        "| --- | --- | --- |",
+        "| `adam` | 8.0, 3.12 | 2.0, 1.25 |",
+        "| `muon` | - | 1.0, 0.3 (to 64) |",
+    ]
 
 
 def test_what_costs_the_cube_of_the_width_is_left_out_where_nobody_asks_for_it(

@@ -8,15 +8,12 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +21,7 @@ from rich.table import Table
 from benchmarks import interrupt, machine, runs
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.optimizers import CONTENDERS, ORTHOGONAL, TRANSFERRED
-from benchmarks.sweep import session, transfer_search
+from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
 from benchmarks.training.loop import Log
@@ -107,12 +104,16 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         for name, found in results.items():
             if found:
                 console.print(_table(name, found))
-                figure = _plot(name, logs[name], found)
+                trials = {
+                    size: session.trials(logs[name], size=size)
+                    for size in sorted({size for own in found.values() for size in own})
+                }
+                figure = moves.plot_losses(name, trials, found)
                 figure.savefig(out / f"{name}.png", dpi=130)
                 plt.close(figure)
                 console.print(f"wrote {out / name}.png", soft_wrap=True)
-        _write(out / "transfer.json", results)
-        console.print(f"wrote {out / 'transfer.json'}", soft_wrap=True)
+        for path in _write(out, results):
+            console.print(f"wrote {path}", soft_wrap=True)
     if stop.is_set():
         console.print(f"Stopped. Go on with the same options and --resume --out {out}")
         return interrupt.INTERRUPTED
@@ -144,7 +145,7 @@ def _results(log: Log) -> dict[str, dict[int, Any]]:
     """By optimizer and size, what `transfer_search.best` says and what there is of it."""
     results: dict[str, dict[int, Any]] = {}
     sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
-    for optimizer, size in itertools.product(CONTENDERS, sizes):
+    for optimizer, size in itertools.product((*TRANSFERRED, *CONTENDERS), sizes):
         best = transfer_search.best(session.trials(log, size=size, optimizer=optimizer))
         if best:
             results.setdefault(optimizer, {})[size] = best
@@ -176,57 +177,9 @@ def _table(name: str, results: dict[str, dict[int, Any]]) -> Table:
     return table
 
 
-def _plot(name: str, log: Log, results: dict[str, dict[int, Any]]) -> Figure:
-    """The loss against the learning rate, one curve a size, side by side for each optimizer."""
-    columns = min(4, len(results))
-    rows = -(-len(results) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(4.2 * columns, 0.6 + 3.2 * rows),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
-    sizes = sorted({size for found in results.values() for size in found})
-    colors = plt.colormaps["viridis"]([i / max(1, len(sizes)) for i in range(len(sizes))])
-    losses = []
-    for panel, (optimizer, found) in zip(axes.flat, results.items(), strict=False):
-        for size, color in zip(sizes, colors, strict=True):
-            points = _curve(session.trials(log, size=size, optimizer=optimizer))
-            if points:
-                rates, values = zip(*points, strict=True)
-                panel.plot(rates, values, ".-", color=color, label=str(size), linewidth=1.2)
-                losses += [value for value in values if math.isfinite(value)]
-            if size in found:
-                panel.plot(*found[size][:2], "o", color=color, markersize=8)
-        panel.set(title=optimizer, xscale="log", xlabel="peak learning rate")
-        # Over less than a decade they would overlap.
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.grid(alpha=0.3)
-    for panel in axes.flat[len(results) :]:
-        panel.set_axis_off()
-    low, high = min(losses), sorted(losses)[int(0.85 * (len(losses) - 1))]
-    axes[0, 0].set_ylim(low - 0.05 * (high - low), high)
-    for row in axes:
-        row[0].set_ylabel("training loss, last tenth [nats]")
-    axes[0, 0].legend(title=FAMILIES[name].what, fontsize=8, title_fontsize=8)
-    figure.suptitle(f"{name}: a dot marks each size's best learning rate")
-    return figure
-
-
-def _curve(trials: Sequence[Trial]) -> list[tuple[float, float]]:
-    """The mean loss over the seeds at every learning rate; NaN where one diverged."""
-    rates = sorted({trial.learning_rate for trial in trials})
-    points = []
-    for rate in rates:
-        own = [transfer_search.final_loss(trial) for trial in trials if trial.learning_rate == rate]
-        mean = sum(own) / len(own)
-        points.append((rate, mean if math.isfinite(mean) else math.nan))
-    return points
-
-
-def _write(path: pathlib.Path, results: dict[str, Any]) -> None:
+def _write(out: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
+    """The results, and those of other families that are there, as JSON and as a table."""
+    path = out / "transfer.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     for name, found in results.items():
         content[name] = {
@@ -236,6 +189,7 @@ def _write(path: pathlib.Path, results: dict[str, Any]) -> None:
             }
             for optimizer, own in found.items()
         }
-    whole = path.with_suffix(".new")
-    whole.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    whole.replace(path)
+    runs.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    table = path.with_suffix(".md")
+    runs.write(table, moves.table(content))
+    return [path, table]
