@@ -16,11 +16,22 @@ __all__ = [
     "complex_of",
     "count",
     "crosses_devices",
+    "is_small",
     "real_parts",
     "renumbered",
     "root",
     "with_mesh_axes",
 ]
+
+
+# Elements. From here on XLA:CPU adds float32 up with a library; below, one element after the other
+# within blocks of 32 along every axis.
+SMALL = 4096
+
+
+def is_small(x: jax.Array) -> bool:
+    """Whether a leaf's sum needs care on CPU; not known of a size that jax.export leaves open."""
+    return isinstance(x.size, int) and x.size < SMALL
 
 
 def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
@@ -55,7 +66,15 @@ def count(group: Group, leaves: Sequence[jax.Array]) -> int:
 
 def root(norm: str, group: Group, leaves: Sequence[jax.Array]) -> float:
     """The ratio of what `norms.group_norms` measures to the norm: √n for the rms of n elements."""
-    return math.sqrt(count(group, leaves)) if norm == "rms" else 1.0
+    if norm != "rms":
+        return 1.0
+    elements = count(group, leaves)
+    if not isinstance(elements, int):
+        raise ValueError(
+            f"optax_unitscale: norm 'rms' needs the number of elements that share a norm, which is "
+            f"{elements} where jax.export leaves shapes open. Export them whole, or use norm 'l2'."
+        )
+    return math.sqrt(elements)
 
 
 def real_parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:

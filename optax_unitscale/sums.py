@@ -1,7 +1,7 @@
 """Sums over groups that neither overflow nor underflow, for the price of plain ones."""
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from optax_unitscale.leaves import (
     accumulator,
     complex_of,
     count,
+    is_small,
     real_parts,
     renumbered,
     with_mesh_axes,
@@ -185,7 +186,15 @@ def _sum(
         scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
     # `mesh.largest` would write its integers to memory here.
     other = _read(x, dtype)[1] if norm == "linf" else ()
-    return sum_of(norm, scaled, axes, other)
+    is_small_double = jnp.finfo(x.dtype).bits == 64 and is_small(x)
+    return sum_of(norm, scaled, axes, other, _by_axis if is_small_double else lax.reduce_sum)
+
+
+def _by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Adds up one axis after the other, where XLA:CPU would add up one element after the other."""
+    for axis in sorted(axes, reverse=True):
+        x = lax.optimization_barrier(lax.reduce_sum(x, (axis,)))
+    return x
 
 
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
@@ -202,6 +211,7 @@ def sum_of(
     parts: Sequence[jax.Array],
     axes: tuple[int, ...],
     others: Sequence[jax.Array] = (),
+    add: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lax.reduce_sum,
 ) -> jax.Array:
     """The plain sum that a norm is made from; where it overflows, it does.
 
@@ -211,16 +221,17 @@ def sum_of(
       axes: those of it to sum over.
       others: for "linf": XLA's maximum, which is fast but may lose a NaN, is taken together with a
         sum over these, which does not.
+      add: adds up elements over axes.
 
     Returns:
       An array of the other axes.
     """
     if norm == "l2":
         squares = [lax.mul(part, part) for part in parts]
-        return lax.reduce_sum(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
+        return add(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
     magnitudes = lax.abs(complex_of(parts))
     if norm == "l1":
-        return lax.reduce_sum(magnitudes, axes)
+        return add(magnitudes, axes)
     if not others:
         return mesh.largest(magnitudes, axes)
     total = sum_of("l2", others, axes)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from optax_unitscale.groups import Group, Plan, assign, make_plan
 from optax_unitscale.leaves import crosses_devices, renumbered, root
 from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
-from optax_unitscale.wide import divide_small, is_small
+from optax_unitscale.wide import divide_small, is_small_group
 
 __all__ = ["unit_scale"]
 
@@ -73,7 +73,7 @@ def unit_scale(
 
     Numerics:
       Sums are accumulated in float32, or float64 for float64 and complex128, at a power-of-two
-      scale where squares would overflow or be lost; on CPU, those of leaves of at most 2048
+      scale where squares would overflow or be lost; on CPU, those of leaves of less than 4096
       elements, and on GPU those over rows, in float64 where float32 is not wide enough, which needs
       no scale. There is no epsilon.
       The norm of the result is 1 within a few units of the leaf's precision for every element in
@@ -125,7 +125,7 @@ def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     scaled = list(leaves)
     parts: tuple[list[Group], list[Group]] = [], []
     for group in groups:
-        parts[is_small(group, leaves)].append(group)
+        parts[is_small_group(group, leaves)].append(group)
     for part, divide_part in ((parts[True], _divide_small), (parts[False], _divide)):
         members = [member.leaf for group in part for member in group.members]
         for leaf, x in zip(members, divide_part(plan.norm, part, leaves, min_norm), strict=True):
@@ -140,8 +140,8 @@ def _divide(
     scaled = []
     for group, measured in zip(groups, group_norms(norm, groups, leaves), strict=True):
         times = root(norm, group, leaves)
-        by = divisor(_at_least(min_norm, measured, times))
-        scaled += [divide(leaves[m.leaf], by, m.axes, times) for m in group.members]
+        by = divisor(_at_least(min_norm, measured, times), times)
+        scaled += [divide(leaves[m.leaf], by, m.axes) for m in group.members]
     return scaled
 
 

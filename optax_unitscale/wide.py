@@ -14,24 +14,23 @@ from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.leaves import accumulator, complex_of, real_parts, root, with_mesh_axes
+from optax_unitscale.leaves import (
+    accumulator,
+    complex_of,
+    is_small,
+    real_parts,
+    root,
+    with_mesh_axes,
+)
 from optax_unitscale.sums import group_partials, kind_of, sum_of, sums_with_rescue
 
-__all__ = ["column_norms", "divide_small", "is_columns", "is_small", "wide_norms"]
-
-# Elements. From about here on XLA:CPU adds float32 up with a library that is slow in float64.
-SMALL = 2048
+__all__ = ["column_norms", "divide_small", "is_columns", "is_small_group", "wide_norms"]
 
 
-def is_small(group: Group, leaves: Sequence[jax.Array]) -> bool:
+def is_small_group(group: Group, leaves: Sequence[jax.Array]) -> bool:
     """Whether all of a group is small and, on CPU, goes through float64."""
     is_double = accumulator(group, leaves) == np.float64
-    return not is_double and all(_is_small(leaves[member.leaf]) for member in group.members)
-
-
-def _is_small(x: jax.Array) -> bool:
-    # A size that jax.export leaves open is not an int.
-    return isinstance(x.size, int) and x.size <= SMALL
+    return not is_double and all(is_small(leaves[member.leaf]) for member in group.members)
 
 
 def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -132,8 +131,9 @@ def divide_small(
     """
     norms = wide_norms("l2" if norm == "rms" else norm, groups, leaves)
     with jax.enable_x64(True):
-        # Far below all norms but 0, which it keeps from 0 / 0.
-        least = lax.max(lax.convert_element_type(min_norm, np.float64), np.float64(1e-150))
+        # Far below all norms but 0, which it keeps from 0 / 0, and far above all.
+        least = lax.convert_element_type(min_norm, np.float64)
+        least = lax.clamp(np.float64(1e-150), least, np.float64(1e150))
     return [
         _divide(leaves[member.leaf], inverse, member.axes)
         for group, measured in zip(groups, norms, strict=True)
@@ -162,5 +162,5 @@ def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Arra
 
 
 def _only(group: Group, leaves: Sequence[jax.Array], small: bool) -> Group:
-    members = tuple(m for m in group.members if _is_small(leaves[m.leaf]) == small)
+    members = tuple(m for m in group.members if is_small(leaves[m.leaf]) == small)
     return Group(group.name, members)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from optax_unitscale import wide
+from optax_unitscale import leaves
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,7 +40,7 @@ def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leaves of a few elements take the way of small leaves on CPU, and that of large ones."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
-            patch.setattr(wide, "SMALL", 0)
+            patch.setattr(leaves, "SMALL", 0)
             jax.clear_caches()
         yield
     if request.param == "large":

@@ -320,14 +320,17 @@ def test_a_nan_is_not_lost_among_thousands_of_leaves():
 def test_a_number_times_a_leaf_is_not_taken_apart(norm, axis):
     # XLA would multiply the number with the power of two of a sum.
     values = {1e15: 0, 1.01e15: 1e-36, 1e-9: 1e37, 1e-30: 1e36, 1e30: 1e-30, 2.0**49: 0}
-    leaves = [jnp.full((3, 4), value, jnp.float32) for value in values.values()]
+    # Nor with the root of the number of elements that rms has.
+    values |= {3e38: 1, 1e37: 1e-36}
+    for shape in ((3, 4), (70, 65)):
+        leaves = [jnp.full(shape, value, jnp.float32) for value in values.values()]
 
-    def update(leaves):
-        multiplied = [x * jnp.float32(by) for x, by in zip(leaves, values, strict=True)]
-        return scaled(multiplied, norm, axis=axis)
+        def update(leaves):
+            multiplied = [x * jnp.float32(by) for x, by in zip(leaves, values, strict=True)]
+            return scaled(multiplied, norm, axis=axis)
 
-    unit = scaled(jnp.ones((3, 4)), norm, axis=axis)
-    for results in (jax.jit(update)(leaves), exported_for(update, leaves)(leaves)):
-        for result, value in zip(results, values.values(), strict=True):
-            expected = unit if value else jnp.zeros((3, 4))
-            np.testing.assert_allclose(result, expected, rtol=3 * 2.0**-23)
+        unit = scaled(jnp.ones(shape), norm, axis=axis)
+        for results in (jax.jit(update)(leaves), exported_for(update, leaves)(leaves)):
+            for result, value in zip(results, values.values(), strict=True):
+                expected = unit if value else jnp.zeros(shape)
+                np.testing.assert_allclose(result, expected, rtol=4 * 2.0**-23)
