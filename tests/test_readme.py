@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.commands.range import METHODS, extent
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep import verdicts
+from benchmarks.sweep import moves, verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,16 +34,22 @@ def test_both_flax_interfaces_are_shown():
     assert [re.findall("nnx|linen", block)[0] for block in BLOCKS[:2]] == ["nnx", "linen"]
 
 
-def test_the_recipe_is_the_contender():
+@pytest.mark.parametrize(
+    ("block", "contender", "rate"),
+    [(2, "unit_scale_spectral", 0.01), (3, "unit_scale_muon", 0.03)],
+)
+def test_the_recipe_is_the_contender(block, contender, rate):
     names: dict[str, Any] = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[block], names)
     rng = np.random.default_rng(0)
     params = {
         name: {"kernel": rng.normal(size=(8, 8)), "bias": rng.normal(size=8)} for name in "ab"
     }
+    if contender == "unit_scale_muon":
+        params["c"] = {"embedding": rng.normal(size=(5, 8))}
     params = jax.tree.map(jnp.float32, params)
     updates = []
-    for tx in (names["tx"], CONTENDERS["unit_scale_spectral"].make(0.01)):
+    for tx in (names["tx"], CONTENDERS[contender].make(rate)):
         state = tx.init(params)
         # Optax's Muon mixes an integer count with floats.
         with jax.numpy_dtype_promotion("standard"):
@@ -215,3 +221,43 @@ def test_the_table_of_tasks_is_that_of_the_file():
         gaps = [gap for task, gap in zip(results, gaps, strict=True) if task in learnt]
         assert len(gaps) == 8
         assert sum(gap["unit_scale"] < gap[other] for gap in gaps) == wins
+
+
+def test_the_table_of_sizes_is_that_of_the_file():
+    file = ROOT / "benchmarks/results/cpu-2-cores/transfer/transfer.json"
+    results = json.loads(file.read_text())
+    assert moves.table(results) + "\n" in README
+    best = {
+        family: {
+            name: {int(size): x for size, x in own.items()} for name, own in results[family].items()
+        }
+        for family in results
+    }
+    # What the words below it say.
+    moved = {
+        family: {
+            name: max(x["learning_rate"] for x in own.values())
+            / min(x["learning_rate"] for x in own.values())
+            for name, own in found.items()
+        }
+        for family, found in best.items()
+    }
+    widths, depths = moved["gpt_width"], moved["gpt_depth"]
+    assert f"Adam's moves by {widths['adam']:.1f} and {depths['adam']:.1f}." in README
+    for found in (widths, depths):
+        assert found["unit_scale_shape"] < 1.45
+        assert found["unit_scale_muon"] < 1.45
+        assert found["muon"] < 1.45
+        assert found["adamw_width"] < 1.45
+    assert widths["unit_scale_last"] == 1
+    rows = (found["unit_scale_shape_rows"] for found in (widths, depths))
+    assert "moves by {:.1f} and {:.1f}.".format(*rows) in " ".join(README.split())
+    for family in ("gpt_width", "gpt_depth", "gpt_batch"):
+        for size in best[family]["adam"]:
+            loss = {name: own[size]["loss"] for name, own in best[family].items()}
+            assert min(loss, key=loss.__getitem__) == "unit_scale_muon"
+            assert loss["unit_scale_shape_rows"] < loss["adam"] < loss["unit_scale_shape"]
+    for size, x in best["gpt_width"]["unit_scale_shape"].items():
+        assert x["loss"] > best["gpt_width"]["unit_scale_last"][size]["loss"]
+    digits = {name: own[1024]["loss"] for name, own in best["mlp_width"].items()}
+    assert digits.pop("unit_scale_shape") > 3 * max(digits.values())

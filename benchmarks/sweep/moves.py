@@ -90,8 +90,9 @@ def plot_losses(
     axes[0, 0].set_ylim(low - 0.05 * (high - low), high)
     for row in axes:
         row[0].set_ylabel("training loss, last tenth [nats]")
-    axes[0, 0].legend(title=FAMILIES[name].what, fontsize=8, title_fontsize=8)
-    figure.suptitle(f"{name}: a dot marks each size's best learning rate")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", title=name.replace("_", "\n"))
+    figure.suptitle(f"{FAMILIES[name].what}: a dot marks each size's best learning rate")
     return figure
 
 
