@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 
+# Before JAX 0.10.2 XLA:CPU adds all leaves up as it still does those of less than `leaves.SMALL`
+# elements: in four axes up to a million elements one by one.
+_HAS_NO_LIBRARY = jax.__version_info__ < (0, 10, 2)
+
+
 class SafeSum(NamedTuple):
     """The sum of elements that were multiplied by `scale`: a power of two, 1 for the most part."""
 
@@ -186,12 +191,14 @@ def _sum(
         scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
     # `mesh.largest` would write its integers to memory here.
     other = _read(x, dtype)[1] if norm == "linf" else ()
-    is_small_double = jnp.finfo(x.dtype).bits == 64 and is_small(x)
-    return sum_of(norm, scaled, axes, other, _by_axis if is_small_double else lax.reduce_sum)
+    by_axis = _HAS_NO_LIBRARY or (jnp.finfo(x.dtype).bits == 64 and is_small(x))
+    return sum_of(norm, scaled, axes, other, _by_axis if by_axis else lax.reduce_sum)
 
 
 def _by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Adds up one axis after the other, where XLA:CPU would add up one element after the other."""
+    """Adds up one axis after the other, so that no more than 32 numbers are added one by one."""
+    if len(axes) < 2:
+        return lax.reduce_sum(x, axes)
     for axis in sorted(axes, reverse=True):
         x = lax.optimization_barrier(lax.reduce_sum(x, (axis,)))
     return x

@@ -38,7 +38,7 @@ def update(x):
 
 def test_the_all_reduce_of_a_norm_is_found_and_so_is_that_in_a_branch():
     # A leaf that is not small: those have no branch.
-    found = collectives(compiled(update, P(("a", "b")), (64, 48)), 8)
+    found = collectives(compiled(update, P(("a", "b")), (64, 64)), 8)
     assert found == [Collective("all-reduce", (("f32", 1),), 8)] * 2
 
 

@@ -233,7 +233,15 @@ def test_the_table_of_sizes_is_that_of_the_file():
         }
         for family in results
     }
-    # What the words below it say.
+    # What the words say.
+    spread = max(
+        x["range"]
+        for name in best
+        if name != "mlp_width"
+        for own in best[name].values()
+        for x in own.values()
+    )
+    assert f"seeds differ by up to {spread:.2f} on the GPT" in " ".join(README.split())
     moved = {
         family: {
             name: max(x["learning_rate"] for x in own.values())
@@ -244,6 +252,9 @@ def test_the_table_of_sizes_is_that_of_the_file():
     }
     widths, depths = moved["gpt_width"], moved["gpt_depth"]
     assert f"Adam's moves by {widths['adam']:.1f} and {depths['adam']:.1f}." in README
+    batches = moved["gpt_batch"]
+    assert f"({batches['muon']:.1f} against {batches['unit_scale_muon']:.1f})" in README
+    assert f"{depths['unit_scale_last']:.1f}" == "2.0"
     for found in (widths, depths):
         assert found["unit_scale_shape"] < 1.45
         assert found["unit_scale_muon"] < 1.45
@@ -251,7 +262,9 @@ def test_the_table_of_sizes_is_that_of_the_file():
         assert found["adamw_width"] < 1.45
     assert widths["unit_scale_last"] == 1
     rows = (found["unit_scale_shape_rows"] for found in (widths, depths))
-    assert "moves by {:.1f} and {:.1f}.".format(*rows) in " ".join(README.split())
+    assert "moves by {:.1f} over widths and {:.1f} over depths.".format(*rows) in " ".join(
+        README.split()
+    )
     for family in ("gpt_width", "gpt_depth", "gpt_batch"):
         for size in best[family]["adam"]:
             loss = {name: own[size]["loss"] for name, own in best[family].items()}
@@ -259,5 +272,15 @@ def test_the_table_of_sizes_is_that_of_the_file():
             assert loss["unit_scale_shape_rows"] < loss["adam"] < loss["unit_scale_shape"]
     for size, x in best["gpt_width"]["unit_scale_shape"].items():
         assert x["loss"] > best["gpt_width"]["unit_scale_last"][size]["loss"]
+    deepest = {name: own[16]["loss"] for name, own in best["gpt_depth"].items()}
+    assert deepest["unit_scale_shape"] < deepest["unit_scale_last"]
+    to_1024 = [best["mlp_width"]["adam"][size]["learning_rate"] for size in (64, 256, 1024)]
+    for rate in (
+        to_1024[0] / to_1024[-1],
+        *(moved["mlp_width"][x] for x in ("muon", "unit_scale_muon")),
+    ):
+        assert f"{rate:.1f}" == "2.8"
+    pair = [best["mlp_width"][name][1024] for name in ("muon", "unit_scale_muon")]
+    assert abs(pair[0]["loss"] - pair[1]["loss"]) < min(x["range"] for x in pair)
     digits = {name: own[1024]["loss"] for name, own in best["mlp_width"].items()}
     assert digits.pop("unit_scale_shape") > 3 * max(digits.values())

@@ -138,13 +138,13 @@ def test_every_slice_and_leaf_has_min_norm_for_itself_in_any_dtype():
 )
 @pytest.mark.usefixtures("x64")
 def test_equal_elements_in_many_axes_are_not_added_one_by_one(shape, axis, dtype, norm):
-    # XLA:CPU does so below 4096 elements, where roundings are alike: by up to 300 units.
+    # XLA:CPU does so below 4096 elements, before JAX 0.10.2 everywhere: off by up to 300 units and,
+    # with more axes, by thousands.
     gradient = np.full(shape, 0.1, dtype)
     result = scaled(jnp.asarray(gradient), norm, axis=axis)
     sizes = np.abs(np.asarray(result).astype(np.clongdouble))
     norms = (sizes**2).sum(axis) ** 0.5 if norm == "l2" else sizes.sum(axis)
-    most = 3 if dtype in ("float32", "complex64") else 12
-    assert np.abs(norms - 1).max() < most * oracle.epsilon(np.dtype(dtype))
+    assert np.abs(norms - 1).max() < 12 * oracle.epsilon(np.dtype(dtype))
 
 
 def test_below_a_min_norm_without_bound_all_is_zero():

@@ -92,7 +92,7 @@ def plot_losses(
         row[0].set_ylabel("training loss, last tenth [nats]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title=name.replace("_", "\n"))
-    figure.suptitle(f"{FAMILIES[name].what}: a dot marks each size's best learning rate")
+    figure.suptitle(f"{FAMILIES[name].what}; a dot: the best rate; higher losses are cut off")
     return figure
 
 
