@@ -122,16 +122,13 @@ def test_every_slice_and_leaf_has_min_norm_for_itself_in_any_dtype():
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
-@pytest.mark.parametrize("dtype", ["float32", "complex64", "float64", "complex128"])
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "float64"])
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
         ((13, 14, 15), None),
-        ((6, 6, 6, 18), None),
         ((3, 3, 16, 16), None),
-        ((50, 60), None),
         ((64, 64), None),
-        ((13, 14, 11, 2), (0, 1, 2)),
         ((2, 45, 45), (1, 2)),
         ((300, 13, 14, 15), (1, 2, 3)),
     ],
