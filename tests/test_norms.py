@@ -112,7 +112,7 @@ def test_the_program_for_gpu_is_exact_where_magnitudes_meet(norm, platform, axis
     check_group([at_edges[4]], [tree[3][4]], norm)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((1, 6), 0), ((41, 6), 0), ((7, 30, 6), 1), ((2, 3, 10, 6), (0, 1, 2)), ((9, 2, 6), (0, 1))],

@@ -186,7 +186,6 @@ def test_a_part_that_fits_on_the_chip_is_read_as_often_as_by_the_naive_formula(t
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
-        ((2048, 2048), 0),
         ((2048, 2048), 1),
         ((1001, 768), 0),
         ((8, 512, 1024), (0, 1)),
