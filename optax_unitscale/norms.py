@@ -31,9 +31,6 @@ class ScaledNorm(NamedTuple):
 class Divisor(NamedTuple):
     """A norm to divide by: `value / factor`, and `inverse`, 1 / value, finite; 1 and 0 for 0.
 
-    All numbers by which a leaf is multiplied are small enough for XLA to multiply them with each
-    other, and with what the leaf itself is a multiple of.
-
     Both come from one number, made by a division after all other arithmetic: a reciprocal whose
     sign is that of a huge norm's factor. XLA's loop over a leaf waits for that number only; one
     that waits for two takes a fifth longer on CPU.
@@ -85,9 +82,9 @@ def group_norms(
     return values(list(leaves)) if groups else []
 
 
-@functools.partial(jax.jit, static_argnames="root")
-def divisor(by: ScaledNorm, root: float = 1.0) -> Divisor:
-    """Prepares to divide by a norm over `root`, 1 or more; dividing by 0 gives 0."""
+@jax.jit
+def divisor(by: ScaledNorm) -> Divisor:
+    """Prepares to divide by a norm; dividing by 0 gives 0."""
     zero, one = lax.full_like(by.value, 0), lax.full_like(by.value, 1)
     is_zero = lax.eq(by.value, zero)
     value = lax.select(is_zero, one, by.value)
@@ -97,33 +94,38 @@ def divisor(by: ScaledNorm, root: float = 1.0) -> Divisor:
     least = lax.full_like(value, jnp.finfo(value.dtype).tiny)
     signed = lax.div(lax.select(is_zero, zero, sign), lax.max(value, least))
     factor = lax.select(lax.lt(signed, zero), lax.full_like(one, _HUGE_FACTOR), one)
-    inverse = lax.abs(signed)
-    if root != 1:
-        # The inverse of what is tiny would be infinite times the root.
-        is_tiny = lax.gt(inverse, lax.full_like(one, _HUGE))
-        up, down = (lax.select(is_tiny, lax.full_like(one, x), one) for x in (2.0**40, 2.0**-40))
-        factor = lax.mul(factor, up)
-        inverse = lax.mul(lax.mul(inverse, down), lax.full_like(one, root))
-        value = lax.mul(lax.mul(value, up), lax.full_like(one, 1 / root))
-    return Divisor(value, factor, inverse)
+    return Divisor(value, factor, lax.abs(signed))
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...]) -> jax.Array:
-    """One leaf over its norm, in the norm's dtype, rounded once to the leaf's.
+@functools.partial(jax.jit, static_argnames=("axes", "root"))
+def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) -> jax.Array:
+    """One leaf times `root` over its norm, in the norm's dtype, rounded once to the leaf's.
 
     Args:
       x: the leaf.
       by: its norm.
       axes: the axes of `x` over which the norm ran.
+      root: a number of 1 or more.
 
     Returns:
       The quotient, of the leaf's shape and dtype.
     """
-    value, factor, inverse = (lax.expand_dims(y, axes) for y in by)
-    parts = [lax.mul(part, factor) for part in real_parts(x, value.dtype)]
+    # The root comes before the division, after which what is small would be lost.
+    factor = by.factor if root == 1 else lax.mul(by.factor, lax.full_like(by.factor, root))
+    value, factor, inverse = (lax.expand_dims(y, axes) for y in (by.value, factor, by.inverse))
+    parts = [lax.mul(_opaque(part), factor) for part in real_parts(x, value.dtype)]
     parts = [_over(part, value, inverse) for part in parts]
     return lax.convert_element_type(complex_of(parts), x.dtype)
+
+
+def _opaque(x: jax.Array) -> jax.Array:
+    """Hides from XLA that a leaf is c * y: it would multiply c with what the leaf is multiplied by.
+
+    That product can leave the range where the leaf does not. Rounding to more bits than there are
+    costs nothing, and XLA does not look through it.
+    """
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp + 1, info.nmant + 1)
 
 
 @jax.custom_jvp

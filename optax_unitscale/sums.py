@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
-from optax_unitscale.groups import Group
+from optax_unitscale.groups import Group, Member
 from optax_unitscale.leaves import (
     accumulator,
     complex_of,
@@ -31,6 +31,8 @@ __all__ = [
     "sums_with_rescue",
 ]
 
+
+Adder = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 # Before JAX 0.10.2 XLA:CPU adds all leaves up as it still does those of less than `leaves.SMALL`
 # elements: in four axes up to a million elements one by one.
@@ -134,7 +136,10 @@ def _check(
 
     def rescue() -> jax.Array:
         dtype = accumulator(group, leaves)
-        sums = [_rescued_sum(norm, leaves[m.leaf], m.axes, dtype, scale) for m in group.members]
+        sums = [
+            _rescued_sum(norm, leaves[m.leaf], m.axes, dtype, _adder(group, leaves, m), scale)
+            for m in group.members
+        ]
         return mesh.combine([with_mesh_axes(group, sums)], kind_of(norm))[0]
 
     return SafeSum(lax.cond(jnp.all(scale == 1), lambda: total, rescue), scale)
@@ -144,7 +149,9 @@ def group_partials(
     norm: str, group: Group, leaves: Sequence[jax.Array], dtype: np.dtype
 ) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
     """What each leaf on this device has of the group's sum, for `mesh.combine`."""
-    values = [_sum(norm, leaves[m.leaf], m.axes, dtype) for m in group.members]
+    values = [
+        _sum(norm, leaves[m.leaf], m.axes, dtype, _adder(group, leaves, m)) for m in group.members
+    ]
     return with_mesh_axes(group, values)
 
 
@@ -168,21 +175,43 @@ def _sums_at(
     return sums
 
 
+def _adder(group: Group, leaves: Sequence[jax.Array], member: Member) -> Adder:
+    """How XLA:CPU adds up a leaf well."""
+    is_double = accumulator(group, leaves) == np.float64
+    by_axis = _HAS_NO_LIBRARY or (is_double and is_small(leaves[member.leaf]))
+    return _add_by_axis if by_axis else lax.reduce_sum
+
+
+def _add_by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Adds up one axis after the other, so that no more than 32 numbers are added one by one."""
+    if len(axes) < 2:
+        return lax.reduce_sum(x, axes)
+    for axis in sorted(axes, reverse=True):
+        x = lax.optimization_barrier(lax.reduce_sum(x, (axis,)))
+    return x
+
+
 def _rescued_sum(
-    norm: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, scale: jax.Array
+    norm: str,
+    x: jax.Array,
+    axes: tuple[int, ...],
+    dtype: np.dtype,
+    add: Adder,
+    scale: jax.Array,
 ) -> jax.Array:
     # Tied to the leaf: leaves of one shape that shared a scale would also share its broadcast, a
     # temporary of their size. And XLA cannot multiply the scale with a number within the leaf.
     scale, x = lax.optimization_barrier((scale, x))
-    return _sum(norm, x, axes, dtype, scale)
+    return _sum(norm, x, axes, dtype, add, scale)
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype"))
+@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "add"))
 def _sum(
     norm: str,
     x: jax.Array,
     axes: tuple[int, ...],
     dtype: np.dtype,
+    add: Adder,
     scale: jax.Array | None = None,
 ) -> jax.Array:
     x, parts = _read(x, dtype)
@@ -191,17 +220,7 @@ def _sum(
         scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
     # `mesh.largest` would write its integers to memory here.
     other = _read(x, dtype)[1] if norm == "linf" else ()
-    by_axis = _HAS_NO_LIBRARY or (jnp.finfo(x.dtype).bits == 64 and is_small(x))
-    return sum_of(norm, scaled, axes, other, _by_axis if by_axis else lax.reduce_sum)
-
-
-def _by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Adds up one axis after the other, so that no more than 32 numbers are added one by one."""
-    if len(axes) < 2:
-        return lax.reduce_sum(x, axes)
-    for axis in sorted(axes, reverse=True):
-        x = lax.optimization_barrier(lax.reduce_sum(x, (axis,)))
-    return x
+    return sum_of(norm, scaled, axes, other, add)
 
 
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
@@ -218,7 +237,7 @@ def sum_of(
     parts: Sequence[jax.Array],
     axes: tuple[int, ...],
     others: Sequence[jax.Array] = (),
-    add: Callable[[jax.Array, tuple[int, ...]], jax.Array] = lax.reduce_sum,
+    add: Adder = lax.reduce_sum,
 ) -> jax.Array:
     """The plain sum that a norm is made from; where it overflows, it does.
 

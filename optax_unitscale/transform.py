@@ -140,8 +140,8 @@ def _divide(
     scaled = []
     for group, measured in zip(groups, group_norms(norm, groups, leaves), strict=True):
         times = root(norm, group, leaves)
-        by = divisor(_at_least(min_norm, measured, times), times)
-        scaled += [divide(leaves[m.leaf], by, m.axes) for m in group.members]
+        by = divisor(_at_least(min_norm, measured, times))
+        scaled += [divide(leaves[m.leaf], by, m.axes, times) for m in group.members]
     return scaled
 
 

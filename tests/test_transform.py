@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from common import EMPTY, NORMS, compilations, scaled
+from common import EMPTY, NORMS, compilations, exported_for, scaled
 from jax import export, lax
 
 from optax_unitscale import gradient_norms, unit_scale
@@ -142,6 +142,35 @@ def test_equal_elements_in_many_axes_are_not_added_one_by_one(shape, axis, dtype
     sizes = np.abs(np.asarray(result).astype(np.clongdouble))
     norms = (sizes**2).sum(axis) ** 0.5 if norm == "l2" else sizes.sum(axis)
     assert np.abs(norms - 1).max() < 12 * oracle.epsilon(np.dtype(dtype))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("beside", "leaf", "by"), [(1e-34, 0, 1e27), (1e-34, 0, 1e38), (1e37, 1e36, 1e-27)]
+)
+def test_a_number_times_a_leaf_is_not_taken_apart_beside_what_is_tiny_or_huge(
+    beside, leaf, by, norm
+):
+    # XLA would multiply the number with the power of two that the other leaf's norm needs.
+    n = 5000
+    tree = [jnp.full(n, beside, jnp.float32), jnp.full(n, leaf, jnp.float32)]
+
+    def update(tree):
+        return scaled([tree[0], tree[1] * jnp.float32(by)], norm, scope="global")
+
+    product = np.full(n, leaf, np.float64) * float(np.float32(by))
+    size = oracle.norm_of([np.full(n, beside, np.float32), product], norm)
+    for run in (jax.jit(update), exported_for(update, tree)):
+        result = np.asarray(run(tree)[1], np.float64)
+        np.testing.assert_allclose(result, product / float(size), rtol=1e-6, atol=1.2e-38)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.usefixtures("x64")
+def test_narrow_leaves_beside_a_float64_one_are_added_up_as_well(dtype):
+    tree = [np.full((15, 15, 15), 0.1, dtype), np.full(3, 0.001)]
+    result = np.asarray(scaled(jax.tree.map(jnp.asarray, tree), scope="global")[1])
+    assert np.abs(result / (tree[1] / oracle.norm_of(tree, "l2")) - 1).max() < 12 * 2.0**-52
 
 
 def test_below_a_min_norm_without_bound_all_is_zero():
