@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.commands.range import METHODS, extent
-from benchmarks.optimizers import CONTENDERS
+from benchmarks.optimizers import CONTENDERS, ORTHOGONAL
 from benchmarks.sweep import moves, verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -188,8 +188,7 @@ def test_the_table_of_tasks_is_that_of_the_file():
             "unit_scale_muon",
             "muon",
         )
-        orthogonal = ("unit_scale_muon", "unit_scale_spectral")
-        without = [x for name, x in ours.items() if name[:4] == "unit" and name not in orthogonal]
+        without = [x for name, x in ours.items() if name[:4] == "unit" and name not in ORTHOGONAL]
         assert ours["adamw"] < min(without) == ours["unit_scale_adam"]
         assert ours["unit_scale_adam"] < min(ours["sgd"], ours["clip"])
         assert ours["clip"] < ours["unit_scale"]
@@ -252,6 +251,14 @@ def test_the_table_of_sizes_is_that_of_the_file():
     }
     widths, depths = moved["gpt_width"], moved["gpt_depth"]
     assert f"Adam's moves by {widths['adam']:.1f} and {depths['adam']:.1f}." in README
+    steps = moved["gpt_steps"]
+    longest = {name: own[1600]["loss"] for name, own in best["gpt_steps"].items()}
+    said = f"with Muon fall by {steps['muon']:.1f}, Adam's by {steps['adam']:.1f};"
+    assert steps["muon"] == steps["unit_scale_muon"]
+    assert said in " ".join(README.split())
+    assert f"({longest['muon']:.3f}, `unit_scale_muon` {longest['unit_scale_muon']:.3f})" in README
+    assert min(longest, key=longest.__getitem__) == "muon"
+    assert longest["adam"] < longest["unit_scale_shape_rows"]
     batches = moved["gpt_batch"]
     assert f"({batches['muon']:.1f} against {batches['unit_scale_muon']:.1f})" in README
     assert f"{depths['unit_scale_last']:.1f}" == "2.0"

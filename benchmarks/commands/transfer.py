@@ -145,7 +145,8 @@ def _results(log: Log) -> dict[str, dict[int, Any]]:
     """By optimizer and size, what `transfer_search.best` says and what there is of it."""
     results: dict[str, dict[int, Any]] = {}
     sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
-    for optimizer, size in itertools.product((*TRANSFERRED, *CONTENDERS), sizes):
+    optimizers = dict.fromkeys((*TRANSFERRED, *CONTENDERS))
+    for optimizer, size in itertools.product(optimizers, sizes):
         best = transfer_search.best(session.trials(log, size=size, optimizer=optimizer))
         if best:
             results.setdefault(optimizer, {})[size] = best
