@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
-        help="cpu: 7 learning rates and 3 seeds, three hours on two cores; try: 3 and 1 and a "
+        help="cpu: 7 learning rates and 3 seeds, four hours on two cores; try: 3 and 1 and a "
         "tenth of the steps, to see it work; accelerator: 9 and 5, ten times the steps and four "
         "times the batch (default: %(default)s)",
     )
