@@ -13,7 +13,16 @@ import optax
 from benchmarks import layers
 from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
 
-__all__ = ["COMPARED", "CONTENDERS", "ORTHOGONAL", "SHOWN", "TRANSFERRED", "Contender", "make"]
+__all__ = [
+    "COMPARED",
+    "CONTENDERS",
+    "ORTHOGONAL",
+    "SHOWN",
+    "TRANSFERRED",
+    "Contender",
+    "is_ours",
+    "make",
+]
 
 MOMENTUM = 0.9
 # The fan-in of a kernel for which AdamW with the 1/width rule is AdamW.
@@ -237,3 +246,8 @@ def make(
 
     optimizer = CONTENDERS[name].make(schedule)
     return optax.chain(optax.snapshot("grad_norms", gradient_norms), optimizer)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender has `unit_scale` in it."""
+    return name.startswith("unit_scale")

@@ -1,19 +1,53 @@
-"""A run's folder: which one it is, that it can be used, and whether it holds the same run."""
+"""A run's folder and log: which one, that it can be used, and whether it holds the same run."""
 
 import argparse
 import dataclasses
 import datetime
+import json
 import pathlib
 import tempfile
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from benchmarks.arguments import Parser
-from benchmarks.training import loop
 
-__all__ = ["check_same", "choose_folder", "make_folder", "open_log", "write"]
+__all__ = ["Entry", "Log", "check_same", "choose_folder", "make_folder", "open_log", "write"]
 
 RUNS = pathlib.Path("runs")
+Entry = dict[str, Any]
+
+
+class Log:
+    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent.
+
+    Attributes:
+      writes: whether changes reach the file. Of several processes one writes; the others keep the
+        same entries in memory.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.writes = True
+        text = path.read_text() if path.exists() else ""
+        # A process that was killed may have left half a line behind, always the last.
+        self.entries: list[Entry] = [json.loads(x) for x in text.split("\n")[:-1]]
+
+    def append(self, **entry: Any) -> None:
+        """Adds an entry and hands it to the operating system."""
+        self.entries.append(entry)
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(_line(entry))
+
+    def keep(self, wanted: Callable[[Entry], bool]) -> None:
+        """Drops the entries that are not wanted, and replaces the file in one move."""
+        self.entries = [entry for entry in self.entries if wanted(entry)]
+        if self.writes:
+            write(self.path, "".join(map(_line, self.entries)))
+
+    def of(self, kind: str, optimizer: str) -> list[Entry]:
+        """The entries of a kind (run, step, evaluation, result, sample) and an optimizer."""
+        return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
 
 
 def make_folder(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path:
@@ -41,10 +75,10 @@ def write(path: pathlib.Path, text: str) -> None:
     whole.replace(path)
 
 
-def open_log(parser: Parser, path: pathlib.Path) -> loop.Log:
+def open_log(parser: Parser, path: pathlib.Path) -> Log:
     """A log in a run's folder."""
     try:
-        return loop.Log(path)
+        return Log(path)
     except (OSError, ValueError) as error:
         _cannot_use(parser, path.parent, error)
 
@@ -74,8 +108,8 @@ def choose_folder(
     return options.out
 
 
-def check_same(parser: Parser, log: loop.Log, configs: list[loop.Config]) -> None:
-    """Refuses to go on with a run that was started otherwise."""
+def check_same(parser: Parser, log: Log, configs: Sequence[Any]) -> None:
+    """Refuses to go on with a run that was started otherwise, by one of `training.loop.Config`."""
     for config in configs:
         runs = log.of("run", config.optimizer)
         # Without its configuration a checkpoint could be any run's.
@@ -95,3 +129,7 @@ def check_same(parser: Parser, log: loop.Log, configs: list[loop.Config]) -> Non
 
 def _cannot_use(parser: Parser, out: pathlib.Path, error: Exception) -> NoReturn:
     parser.error(f"argument --out: cannot use {out}: {error}")
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(entry, allow_nan=False) + "\n"

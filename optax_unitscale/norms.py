@@ -1,8 +1,8 @@
-"""The four norms: from a sum to a norm, its derivative, and the division by it."""
+"""The norms of all groups, from their sums, and the derivative."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,40 +10,17 @@ import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
+from optax_unitscale.division import HUGE_FACTOR, ScaledNorm, divide, divisor
 from optax_unitscale.groups import Group
 from optax_unitscale.leaves import accumulator, complex_of, real_parts, with_mesh_axes
 from optax_unitscale.sums import RANGES, SafeSum, sums_at_every_scale, sums_with_rescue
 from optax_unitscale.wide import column_norms, is_columns, wide_norms
 
-__all__ = ["Divisor", "ScaledNorm", "divide", "divisor", "group_norms"]
+__all__ = ["group_norms"]
 
 
-class ScaledNorm(NamedTuple):
-    """A norm as `value / factor`, so that one beyond the dtype's range is still held.
-
-    `factor` is 1 unless the norm's square is huge.
-    """
-
-    value: jax.Array
-    factor: jax.Array
-
-
-class Divisor(NamedTuple):
-    """A norm to divide by: `value / factor`, and `inverse`, 1 / value, finite; 1 and 0 for 0.
-
-    Both come from one number, made by a division after all other arithmetic: a reciprocal whose
-    sign is that of a huge norm's factor. XLA's loop over a leaf waits for that number only; one
-    that waits for two takes a fifth longer on CPU.
-    """
-
-    value: jax.Array
-    factor: jax.Array
-    inverse: jax.Array
-
-
-# Above, a float32 norm is held times the factor.
+# Above, a float32 norm is held times `HUGE_FACTOR`.
 _HUGE = 2.0**100
-_HUGE_FACTOR = 2.0**-40
 
 
 def group_norms(
@@ -80,67 +57,6 @@ def group_norms(
         return norms, [ScaledNorm(slope, jnp.zeros_like(slope)) for slope in along]
 
     return values(list(leaves)) if groups else []
-
-
-@jax.jit
-def divisor(by: ScaledNorm) -> Divisor:
-    """Prepares to divide by a norm; dividing by 0 gives 0."""
-    zero, one = lax.full_like(by.value, 0), lax.full_like(by.value, 1)
-    is_zero = lax.eq(by.value, zero)
-    value = lax.select(is_zero, one, by.value)
-    # Negative where the norm is huge: its magnitude is `inverse`, its sign tells the factor.
-    sign = lax.select(lax.lt(by.factor, one), lax.neg(one), one)
-    # Subnormal numbers, where the platform has them, have a reciprocal that is infinite.
-    least = lax.full_like(value, jnp.finfo(value.dtype).tiny)
-    signed = lax.div(lax.select(is_zero, zero, sign), lax.max(value, least))
-    factor = lax.select(lax.lt(signed, zero), lax.full_like(one, _HUGE_FACTOR), one)
-    return Divisor(value, factor, lax.abs(signed))
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "root"))
-def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) -> jax.Array:
-    """One leaf times `root` over its norm, in the norm's dtype, rounded once to the leaf's.
-
-    Args:
-      x: the leaf.
-      by: its norm.
-      axes: the axes of `x` over which the norm ran.
-      root: a number of 1 or more.
-
-    Returns:
-      The quotient, of the leaf's shape and dtype.
-    """
-    # The root comes before the division, after which what is small would be lost.
-    factor = by.factor if root == 1 else lax.mul(by.factor, lax.full_like(by.factor, root))
-    value, factor, inverse = (lax.expand_dims(y, axes) for y in (by.value, factor, by.inverse))
-    parts = [lax.mul(_opaque(part), factor) for part in real_parts(x, value.dtype)]
-    parts = [_over(part, value, inverse) for part in parts]
-    return lax.convert_element_type(complex_of(parts), x.dtype)
-
-
-def _opaque(x: jax.Array) -> jax.Array:
-    """Hides from XLA that a leaf is c * y: it would multiply c with what the leaf is multiplied by.
-
-    That product can leave the range where the leaf does not. Rounding to more bits than there are
-    costs nothing, and XLA does not look through it.
-    """
-    info = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x, info.nexp + 1, info.nmant + 1)
-
-
-@jax.custom_jvp
-def _over(x: jax.Array, value: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Divides by multiplying, but for single numbers: over their magnitude they are exactly 1."""
-    product = lax.mul(x, inverse)
-    return lax.select(inverse == 0, product, lax.div(x, value)) if x.size == value.size else product
-
-
-@_over.defjvp
-def _(primals, tangents):
-    # The inverse's own derivative holds its square, which leaves the dtype's range.
-    (x, value, inverse), (dx, dvalue, _) = primals, tangents
-    result = _over(x, value, inverse)
-    return result, _over(dx, value, inverse) - result * _over(dvalue, value, inverse)
 
 
 def _elsewhere(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[ScaledNorm]:
@@ -188,9 +104,9 @@ def _finish(norm: str, measured: SafeSum) -> ScaledNorm:
     safe = RANGES[total.dtype]
     one = lax.full_like(scale, 1)
     is_huge = lax.lt(scale, one)
-    factor = lax.select(is_huge, lax.full_like(scale, _HUGE_FACTOR), one)
+    factor = lax.select(is_huge, lax.full_like(scale, HUGE_FACTOR), one)
     # factor / scale, but a division here would cut XLA's fusion of all this in two.
-    undo_down = lax.full_like(scale, _HUGE_FACTOR / safe.down)
+    undo_down = lax.full_like(scale, HUGE_FACTOR / safe.down)
     undo_up = lax.full_like(scale, 1 / safe.up)
     undo = lax.select(is_huge, undo_down, lax.select(lax.eq(scale, one), one, undo_up))
     return ScaledNorm(lax.mul(lax.sqrt(total) if norm == "l2" else total, undo), factor)
@@ -201,7 +117,7 @@ def _narrow(norm: jax.Array) -> ScaledNorm:
     with jax.enable_x64(True):
         factor = lax.select(
             lax.gt(norm, lax.full_like(norm, _HUGE)),
-            lax.full_like(norm, _HUGE_FACTOR),
+            lax.full_like(norm, HUGE_FACTOR),
             lax.full_like(norm, 1),
         )
         value = lax.mul(norm, factor)
@@ -248,6 +164,6 @@ def _signs(x: jax.Array) -> jax.Array:
     parts = real_parts(x, jnp.finfo(x.dtype).dtype)
     # A complex number's magnitude can leave the range that its parts are in.
     is_huge = functools.reduce(lax.bitwise_or, [lax.abs(part) > 2.0**60 for part in parts])
-    factor = jnp.where(is_huge, _HUGE_FACTOR, 1).astype(parts[0].dtype)
+    factor = jnp.where(is_huge, HUGE_FACTOR, 1).astype(parts[0].dtype)
     magnitude = lax.abs(complex_of([lax.mul(part, factor) for part in parts]))
     return divide(x, divisor(ScaledNorm(magnitude, factor)), ())

@@ -1,8 +1,8 @@
 """Sums over groups that neither overflow nor underflow, for the price of plain ones."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +10,11 @@ import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
-from optax_unitscale.groups import Group, Member
-from optax_unitscale.leaves import (
-    accumulator,
-    complex_of,
-    count,
-    is_small,
-    real_parts,
-    renumbered,
-    with_mesh_axes,
-)
+from optax_unitscale.groups import Group
+from optax_unitscale.leaves import accumulator, count, real_parts, renumbered, with_mesh_axes
+from optax_unitscale.partials import group_partials, kind_of, sum_of
 
-__all__ = [
-    "RANGES",
-    "SafeSum",
-    "group_partials",
-    "kind_of",
-    "sum_of",
-    "sums_at_every_scale",
-    "sums_with_rescue",
-]
-
-
-Adder = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-
-# Before JAX 0.10.2 XLA:CPU adds all leaves up as it still does those of less than `leaves.SMALL`
-# elements: in four axes up to a million elements one by one.
-_HAS_NO_LIBRARY = jax.__version_info__ < (0, 10, 2)
+__all__ = ["RANGES", "SafeSum", "sums_at_every_scale", "sums_with_rescue"]
 
 
 class SafeSum(NamedTuple):
@@ -136,23 +114,10 @@ def _check(
 
     def rescue() -> jax.Array:
         dtype = accumulator(group, leaves)
-        sums = [
-            _rescued_sum(norm, leaves[m.leaf], m.axes, dtype, _adder(group, leaves, m), scale)
-            for m in group.members
-        ]
-        return mesh.combine([with_mesh_axes(group, sums)], kind_of(norm))[0]
+        partials = group_partials(norm, group, leaves, dtype, scale)
+        return mesh.combine([partials], kind_of(norm))[0]
 
     return SafeSum(lax.cond(jnp.all(scale == 1), lambda: total, rescue), scale)
-
-
-def group_partials(
-    norm: str, group: Group, leaves: Sequence[jax.Array], dtype: np.dtype
-) -> list[tuple[jax.Array, tuple[Hashable, ...]]]:
-    """What each leaf on this device has of the group's sum, for `mesh.combine`."""
-    values = [
-        _sum(norm, leaves[m.leaf], m.axes, dtype, _adder(group, leaves, m)) for m in group.members
-    ]
-    return with_mesh_axes(group, values)
 
 
 # Compiled into the caller like the rest; `jax.jit` spares tracing it again for each leaf.
@@ -173,100 +138,6 @@ def _sums_at(
                 parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
         sums.append(sum_of(norm, parts, axes))
     return sums
-
-
-def _adder(group: Group, leaves: Sequence[jax.Array], member: Member) -> Adder:
-    """How XLA:CPU adds up a leaf well."""
-    is_double = accumulator(group, leaves) == np.float64
-    by_axis = _HAS_NO_LIBRARY or (is_double and is_small(leaves[member.leaf]))
-    return _add_by_axis if by_axis else lax.reduce_sum
-
-
-def _add_by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Adds up one axis after the other, so that no more than 32 numbers are added one by one."""
-    if len(axes) < 2:
-        return lax.reduce_sum(x, axes)
-    for axis in sorted(axes, reverse=True):
-        x = lax.optimization_barrier(lax.reduce_sum(x, (axis,)))
-    return x
-
-
-def _rescued_sum(
-    norm: str,
-    x: jax.Array,
-    axes: tuple[int, ...],
-    dtype: np.dtype,
-    add: Adder,
-    scale: jax.Array,
-) -> jax.Array:
-    # Tied to the leaf: leaves of one shape that shared a scale would also share its broadcast, a
-    # temporary of their size. And XLA cannot multiply the scale with a number within the leaf.
-    scale, x = lax.optimization_barrier((scale, x))
-    return _sum(norm, x, axes, dtype, add, scale)
-
-
-@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "add"))
-def _sum(
-    norm: str,
-    x: jax.Array,
-    axes: tuple[int, ...],
-    dtype: np.dtype,
-    add: Adder,
-    scale: jax.Array | None = None,
-) -> jax.Array:
-    x, parts = _read(x, dtype)
-    scaled = parts
-    if scale is not None:
-        scaled = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
-    # `mesh.largest` would write its integers to memory here.
-    other = _read(x, dtype)[1] if norm == "linf" else ()
-    return sum_of(norm, scaled, axes, other, add)
-
-
-def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
-    """A leaf, and its real parts in another dtype.
-
-    Those of a narrow dtype XLA:CPU would write to memory for all that reads them.
-    """
-    hidden = lax.optimization_barrier(x) if jnp.finfo(x.dtype).bits < 32 else x
-    return hidden, real_parts(hidden, dtype)
-
-
-def sum_of(
-    norm: str,
-    parts: Sequence[jax.Array],
-    axes: tuple[int, ...],
-    others: Sequence[jax.Array] = (),
-    add: Adder = lax.reduce_sum,
-) -> jax.Array:
-    """The plain sum that a norm is made from; where it overflows, it does.
-
-    Args:
-      norm: "l2" for squares, "l1" for absolute values, "linf" for the maximum.
-      parts: the real parts of an array.
-      axes: those of it to sum over.
-      others: for "linf": XLA's maximum, which is fast but may lose a NaN, is taken together with a
-        sum over these, which does not.
-      add: adds up elements over axes.
-
-    Returns:
-      An array of the other axes.
-    """
-    if norm == "l2":
-        squares = [lax.mul(part, part) for part in parts]
-        return add(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
-    magnitudes = lax.abs(complex_of(parts))
-    if norm == "l1":
-        return add(magnitudes, axes)
-    if not others:
-        return mesh.largest(magnitudes, axes)
-    total = sum_of("l2", others, axes)
-    return lax.select(lax.ne(total, total), total, lax.reduce_max(magnitudes, axes))
-
-
-def kind_of(norm: str) -> Literal["sum", "max"]:
-    """How `mesh.combine` combines what leaves have of a norm's sum."""
-    return "max" if norm == "linf" else "sum"
 
 
 def _safe_scale(norm: str, total: jax.Array, count: int) -> jax.Array:

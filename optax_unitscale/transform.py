@@ -11,9 +11,10 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
+from optax_unitscale.division import ScaledNorm, divide, divisor
 from optax_unitscale.groups import Group, Plan, assign, make_plan
 from optax_unitscale.leaves import crosses_devices, renumbered, root
-from optax_unitscale.norms import ScaledNorm, divide, divisor, group_norms
+from optax_unitscale.norms import group_norms
 from optax_unitscale.wide import divide_small, is_small_group
 
 __all__ = ["unit_scale"]

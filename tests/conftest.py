@@ -37,11 +37,15 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["small", "large"])
 def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leaves of a few elements take the way of small leaves on CPU, and that of large ones."""
+    """Leaves of a few elements take the way of small leaves on CPU, and that of large ones.
+
+    Small ones as on a machine with one device, where a group's are joined.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
             patch.setattr(leaves, "SMALL", 0)
-            jax.clear_caches()
-        yield
-    if request.param == "large":
+        else:
+            patch.setattr(jax, "device_count", lambda: 1)
         jax.clear_caches()
+        yield
+    jax.clear_caches()

@@ -17,9 +17,9 @@ import pytest
 from benchmarks import data, tasks
 from benchmarks.__main__ import main
 from benchmarks.optimizers import SHOWN
+from benchmarks.runs import Log
 from benchmarks.tasks import language_modelling
 from benchmarks.training import loop
-from benchmarks.training.loop import Log
 from benchmarks.training.sharding import Layout
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -137,7 +137,7 @@ def test_leftover_checkpoints_are_neither_adopted_nor_overwritten(tmp_path, caps
 
 def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
     config = loop.Config("language_modelling", "0", "sgd", 0.1, STEPS, 2, 0)
-    loop.Log(tmp_path / "metrics.jsonl").append(**loop.describe(config, Layout()))
+    Log(tmp_path / "metrics.jsonl").append(**loop.describe(config, Layout()))
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--optimizer", "sgd", "--out", str(tmp_path), "--resume"])
     assert "has data_sha256 0 for sgd, not " in capsys.readouterr().err

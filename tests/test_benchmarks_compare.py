@@ -111,8 +111,8 @@ def test_standings_are_what_one_reads_off_the_trials(task):
 
 def test_where_lower_is_better_the_least_is_first(task):
     task = dataclasses.replace(task, higher_is_better=False)
-    trials = [trial(name, seed=seed, value=value) for name, value in (("sgd", 3.0), ("clip", 2.0))
-              for seed in (0, 1)]  # fmt: skip
+    trials = [trial("sgd", seed=seed, value=3.0) for seed in (0, 1)]
+    trials += [trial("clip", seed=seed, value=2.0) for seed in (0, 1)]
     trials += [trial("clip", 1.0, value=2.1), trial("clip", 10.0, value=2.3)]
     first, second = standings(trials, task)
     assert (first.optimizer, first.near, second.near) == ("clip", 1.0, 0.0)
@@ -159,6 +159,11 @@ def test_the_table_has_a_row_for_each_verdict():
         "| a task | points, higher is better | `unit_scale` 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) "
         "| better | 0.75 (0.5 to 1) | diverged | 0.5, 0.5, 0.5 |"
     )
+
+
+def test_the_table_has_a_dash_for_what_was_left_out():
+    row = verdicts.table({"a_task": result(unit_scale=[3.0], adamw=[1.0])}).splitlines()[-1]
+    assert row.endswith("| better | - | - | 0.5, -, - |")
 
 
 def test_the_picture_has_a_panel_for_each_task_and_a_mean_for_each_optimizer():

@@ -120,6 +120,12 @@ def test_a_share_of_a_step_follows_its_formula():
     assert math.isclose(found["step"], step)
     assert math.isclose(found["update"], update)
     assert math.isclose(found["share"], update / (step + update))
+    # What the results say of it in words, from the last line up.
+    names = {**chip._asdict(), **model._asdict(), "chips": 1024, "all_reduces": 2, "hops": 16}
+    names |= {"utilisation": forecast.UTILISATION, "ceil": math.ceil, "log2": math.log2}
+    for name in reversed([name for name in forecast.FORMULA if name != "hops"]):
+        names[name] = eval(forecast.FORMULA[name], {"max": max}, names)
+    assert found == {name: pytest.approx(names[name], rel=1e-12) for name in found}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

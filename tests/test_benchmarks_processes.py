@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.training.loop import Entry, Log
+from benchmarks.runs import Entry, Log
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12

@@ -81,7 +81,7 @@ def check_cell(n: int, old: Sequence[tuple[str, Any]], new: Sequence[tuple[str, 
 
 
 def shown(cell: Any) -> list[tuple[str, Any]]:
-    """What a code cell shows, each with its kind: stdout, stderr, text/plain, image/png, error."""
+    """What a code cell shows, each with its kind: a stream, a picture, Markdown, text, an error."""
     outputs = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -90,7 +90,8 @@ def shown(cell: Any) -> list[tuple[str, Any]]:
             outputs.append(("error", output.evalue))
         else:
             # HTML says what the plain text beside it says.
-            kind = "image/png" if "image/png" in output.data else "text/plain"
+            kinds = ("image/png", "text/markdown", "text/plain")
+            kind = next(kind for kind in kinds if kind in output.data)
             outputs.append((kind, output.data[kind]))
     return outputs
 

@@ -19,8 +19,8 @@ from benchmarks.models.bert import Bert, BertConfig, Classifier, mean, restore
 from benchmarks.tasks import finetune
 from benchmarks.tasks.shared import boolq, minilm
 
-# Recorded by source/record_minilm.py.
-RECORD = np.load(pathlib.Path(__file__).parent / "source" / "minilm.npz")
+# Recorded by records/record_minilm.py.
+RECORD = np.load(pathlib.Path(__file__).parent / "records" / "minilm.npz")
 SMALL = BertConfig(
     vocabulary=50, context=12, kinds=2, depth=2, heads=2, width=8, hidden=16, epsilon=1e-12
 )

@@ -14,6 +14,7 @@ from benchmarks import tasks
 from benchmarks.__main__ import main
 from benchmarks.models.detector import STRIDE, Detector
 from benchmarks.models.mlp import MLP
+from benchmarks.runs import Log
 from benchmarks.tasks import exploding, image_classification, object_detection, vanishing
 from benchmarks.tasks.shared.detection import (
     SYMMETRIES,
@@ -24,7 +25,6 @@ from benchmarks.tasks.shared.detection import (
     hit,
     turn,
 )
-from benchmarks.training.loop import Log
 from optax_unitscale import gradient_norms
 
 NAMES = ["image_classification", "object_detection", "vanishing", "exploding"]

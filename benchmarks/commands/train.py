@@ -13,6 +13,7 @@ from rich.progress import Progress
 from benchmarks import data, interrupt, runs
 from benchmarks.arguments import Parser, positive_number, whole_number
 from benchmarks.optimizers import CONTENDERS, SHOWN
+from benchmarks.runs import Log
 from benchmarks.tasks import TASKS, Task, load, summary
 from benchmarks.training import loop, processes, report
 from benchmarks.training.sharding import Layout
@@ -161,7 +162,7 @@ def _train(
     return True
 
 
-def _show(console: Console, log: loop.Log, names: list[str], task: Task, out: pathlib.Path) -> None:
+def _show(console: Console, log: Log, names: list[str], task: Task, out: pathlib.Path) -> None:
     started = [name for name in names if log.of("step", name)]
     if not started:
         return

@@ -21,10 +21,10 @@ from rich.table import Table
 from benchmarks import interrupt, machine, runs
 from benchmarks.arguments import Parser, whole_number
 from benchmarks.optimizers import CONTENDERS, ORTHOGONAL, TRANSFERRED
+from benchmarks.runs import Log
 from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
-from benchmarks.training.loop import Log
 
 __all__ = ["add_arguments", "run"]
 

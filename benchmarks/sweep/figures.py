@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.optimizers import COMPARED
+from benchmarks.optimizers import COMPARED, is_ours
 from benchmarks.sweep.summary import Standing
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import Task
@@ -15,8 +15,8 @@ from benchmarks.tasks import Task
 __all__ = ["STYLES", "plot_rates"]
 
 # unit_scale's ways in warm colours and whole lines, the others cold and dashed.
-_OURS = [name for name in COMPARED if name.startswith("unit_scale")]
-_OTHERS = [name for name in COMPARED if not name.startswith("unit_scale")]
+_OURS = [name for name in COMPARED if is_ours(name)]
+_OTHERS = [name for name in COMPARED if not is_ours(name)]
 STYLES = {
     name: {"color": color, "linestyle": line, "marker": marker}
     for names, colors, last, line in ((_OURS, "autumn", 0.75, "-"), (_OTHERS, "winter", 0.9, "--"))
@@ -44,7 +44,7 @@ def plot_rates(
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained", sharey=True)
     for panel, ours in zip(panels, (True, False), strict=True):
         for place in places:
-            if place.optimizer.startswith("unit_scale") != ours:
+            if is_ours(place.optimizer) != ours:
                 continue
             own = sorted(
                 (t for t in trials if t.optimizer == place.optimizer and t.seed == 0),
@@ -65,7 +65,7 @@ def plot_rates(
         panel.axhline(task.target, color="grey", linestyle=":", linewidth=1)
         panel.set(xscale="log", xlabel="peak learning rate")
         panel.grid(alpha=0.3)
-        if any(place.optimizer.startswith("unit_scale") == ours for place in places):
+        if any(is_ours(place.optimizer) == ours for place in places):
             panel.legend(
                 loc="upper center",
                 bbox_to_anchor=(0.5, -0.13),

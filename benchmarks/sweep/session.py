@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine
 from benchmarks.arguments import Parser, whole_number
+from benchmarks.runs import Log
 from benchmarks.sweep import jobs
 from benchmarks.sweep.trial import Trial
-from benchmarks.training.loop import Log
 
 __all__ = ["PACKAGES", "add_arguments", "begin", "run", "trials"]
 

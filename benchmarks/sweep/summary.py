@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.sweep.compare_search import best_rate, worth
-from benchmarks.sweep.trial import SPLITS, Trial
-from benchmarks.tasks import Task
+from benchmarks.sweep.trial import Trial
+from benchmarks.tasks import SPLITS, Task
 
 __all__ = ["NEAR", "Standing", "standings"]
 

@@ -13,12 +13,11 @@ import optax
 from flax import nnx
 
 from benchmarks import optimizers
-from benchmarks.tasks import Task
+from benchmarks.tasks import SPLITS, Task
 
 __all__ = ["EVALUATIONS", "Trial", "Trials"]
 
 EVALUATIONS = 10
-SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.optimizers import COMPARED
+from benchmarks.optimizers import COMPARED, is_ours
 from benchmarks.sweep.figures import STYLES
 
 __all__ = ["Verdict", "judge", "plot_tasks", "table"]
@@ -39,8 +39,8 @@ def judge(result: Mapping[str, Any]) -> Verdict | None:
     sign = 1 if result["higher_is_better"] else -1
     finished = [place for place in result["standings"] if place["mean"] is not None]
     finished.sort(key=lambda place: -sign * place["mean"])
-    ours = next((place for place in finished if _is_ours(place)), None)
-    other = next((place for place in finished if not _is_ours(place)), None)
+    ours = next((place for place in finished if is_ours(place["optimizer"])), None)
+    other = next((place for place in finished if not is_ours(place["optimizer"])), None)
     if ours is None or other is None:
         return None
     here, there = ([sign * value for value in place["test"]] for place in (ours, other))
@@ -58,7 +58,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         sides = (verdict.ours, verdict.other)
         places = {place["optimizer"]: place for place in result["standings"]}
-        rivals = [places[rival] for rival in ("sgd", "clip")]
+        rivals = [places.get(rival) for rival in ("sgd", "clip")]
         better = "higher" if result["higher_is_better"] else "lower"
         rows.append(
             [
@@ -67,7 +67,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 *(f"`{place['optimizer']}` {_spread(place)}" for place in sides),
                 verdict.outcome,
                 *map(_spread, rivals),
-                ", ".join(f"{place['near']:.1f}" for place in (verdict.ours, *rivals)),
+                ", ".join(map(_decades, (verdict.ours, *rivals))),
             ]
         )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -106,11 +106,13 @@ def plot_tasks(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _is_ours(place: Mapping[str, Any]) -> bool:
-    return place["optimizer"].startswith("unit_scale")
+def _decades(place: Mapping[str, Any] | None) -> str:
+    return f"{place['near']:.1f}" if place else "-"
 
 
-def _spread(place: Mapping[str, Any]) -> str:
+def _spread(place: Mapping[str, Any] | None) -> str:
+    if place is None:
+        return "-"
     if place["mean"] is None:
         return "diverged"
     return f"{place['mean']:.3g} ({min(place['test']):.3g} to {max(place['test']):.3g})"

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-__all__ = ["TASKS", "Rows", "Task", "load", "printable", "summary"]
+__all__ = ["SPLITS", "TASKS", "Rows", "Task", "load", "printable", "summary"]
 
+SPLITS = ("train", "validation", "test")
 Batch = Any
 Rows = slice | np.ndarray
 

@@ -2,12 +2,12 @@
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from benchmarks import machine
 from benchmarks.timing.measurement import Timed
 
 __all__ = ["INSTALLED", "steps", "transformations"]
@@ -63,9 +63,7 @@ def steps(shapes: Any) -> list[Timed]:
 def _params(shapes: Any) -> tuple[Any, list[Any]]:
     """PyTorch, and parameters with gradients of these shapes, with JAX's threads or on its GPU."""
     torch = importlib.import_module("torch")
-    # As many as XLA has; macOS does not say.
-    affinity = getattr(os, "sched_getaffinity", None)
-    torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count())
+    torch.set_num_threads(machine.cores())
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     params = []

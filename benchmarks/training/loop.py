@@ -1,8 +1,7 @@
-"""The training loop: a donated jitted step, checkpoints, and a log that survives a crash."""
+"""The training loop: a donated jitted step, checkpoints, and what goes on after a crash."""
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import time
@@ -16,13 +15,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import machine, optimizers
-from benchmarks.tasks import Task
+from benchmarks.runs import Entry, Log
+from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
 
-__all__ = ["Config", "Log", "describe", "train"]
-
-Entry = dict[str, Any]
-SPLITS = ("train", "validation", "test")
+__all__ = ["Config", "describe", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,42 +33,6 @@ class Config:
     steps: int
     batch_size: int
     seed: int
-
-
-class Log:
-    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent.
-
-    Attributes:
-      writes: whether changes reach the file. Of several processes one writes; the others keep the
-        same entries in memory.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.writes = True
-        text = path.read_text() if path.exists() else ""
-        # A process that was killed may have left half a line behind, always the last.
-        self.entries: list[Entry] = [json.loads(x) for x in text.split("\n")[:-1]]
-
-    def append(self, **entry: Any) -> None:
-        """Adds an entry and hands it to the operating system."""
-        self.entries.append(entry)
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(_line(entry))
-
-    def keep(self, wanted: Callable[[Entry], bool]) -> None:
-        """Drops the entries that are not wanted, and replaces the file in one move."""
-        self.entries = [entry for entry in self.entries if wanted(entry)]
-        if not self.writes:
-            return
-        whole = self.path.with_suffix(".new")
-        whole.write_text("".join(map(_line, self.entries)))
-        whole.replace(self.path)
-
-    def of(self, kind: str, optimizer: str) -> list[Entry]:
-        """The entries of a kind (run, step, evaluation, result, sample) and an optimizer."""
-        return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
 
 
 def describe(config: Config, layout: Layout) -> Entry:
@@ -184,7 +145,3 @@ def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[...
 def _number(value: Any) -> float | None:
     # JSON has neither NaN nor infinity.
     return float(value) if math.isfinite(value) else None
-
-
-def _line(entry: Entry) -> str:
-    return json.dumps(entry, allow_nan=False) + "\n"

@@ -20,8 +20,8 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.runs import Log
 from benchmarks.tasks import Task
-from benchmarks.training.loop import Log
 from optax_unitscale import norm_ratios, plot_norms
 
 __all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]

@@ -10,7 +10,7 @@ import pytest
 
 from optax_unitscale import unit_scale
 
-RECORDS = pathlib.Path(__file__).parent / "source"
+RECORDS = pathlib.Path(__file__).parent / "records"
 NAMES = [f"{kind}{i}" for i in range(3) for kind in ("kernel", "bias")]
 # In units of eps. Changing every initial parameter by one eps at random moves a loss or a parameter
 # of these 200 steps by up to 8, so two correct programs may differ by that much. Measured: 3.

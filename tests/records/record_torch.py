@@ -1,4 +1,4 @@
-"""Records 200 steps of the source's PyTorch loops: `python tests/source/record_torch.py`."""
+"""Records 200 steps of the source's PyTorch loops: `python tests/records/record_torch.py`."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Records the same 200 steps in TensorFlow: `python tests/source/record_tensorflow.py`."""
+"""Records the same 200 steps in TensorFlow: `python tests/records/record_tensorflow.py`."""
 
 import pathlib
 
