@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_unitscale.leaves import complex_of, real_parts
+from optax_unitscale.leaves import complex_of, opaque, real_parts
 
 __all__ = ["HUGE_FACTOR", "Divisor", "ScaledNorm", "divide", "divisor"]
 
@@ -68,19 +68,9 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
     # The root comes before the division, after which what is small would be lost.
     factor = by.factor if root == 1 else lax.mul(by.factor, lax.full_like(by.factor, root))
     value, factor, inverse = (lax.expand_dims(y, axes) for y in (by.value, factor, by.inverse))
-    parts = [lax.mul(_opaque(part), factor) for part in real_parts(x, value.dtype)]
+    parts = [lax.mul(opaque(part), factor) for part in real_parts(x, value.dtype)]
     parts = [_over(part, value, inverse) for part in parts]
     return lax.convert_element_type(complex_of(parts), x.dtype)
-
-
-def _opaque(x: jax.Array) -> jax.Array:
-    """Hides from XLA that a leaf is c * y: it would multiply c with what the leaf is multiplied by.
-
-    That product can leave the range where the leaf does not. Rounding to more bits than there are
-    costs nothing, and XLA does not look through it.
-    """
-    info = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x, info.nexp + 1, info.nmant + 1)
 
 
 @jax.custom_jvp

@@ -17,6 +17,8 @@ __all__ = [
     "count",
     "crosses_devices",
     "is_small",
+    "is_whole",
+    "opaque",
     "real_parts",
     "renumbered",
     "root",
@@ -32,6 +34,14 @@ SMALL = 4096
 def is_small(x: jax.Array) -> bool:
     """Whether a leaf's sum needs care on CPU; not known of a size that jax.export leaves open."""
     return isinstance(x.size, int) and x.size < SMALL
+
+
+def is_whole(x: jax.Array) -> bool:
+    """Whether a leaf is surely on one device, so that its axes may be merged and it be joined.
+
+    Under `jax.jit` what is split over devices does not show; to change its shape would gather it.
+    """
+    return jax.typeof(x).sharding.mesh.empty and jax.device_count() == 1
 
 
 def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:
@@ -81,6 +91,23 @@ def real_parts(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
     """The array, or its real and imaginary parts, in another dtype."""
     parts = [lax.real(x), lax.imag(x)] if jnp.iscomplexobj(x) else [x]
     return [lax.convert_element_type(part, dtype) for part in parts]
+
+
+def opaque(x: jax.Array) -> jax.Array:
+    """Hides from XLA that a leaf is c * y: it would multiply c with what the leaf is multiplied by.
+
+    Or square c and y, each by itself. That can leave the range where the leaf does not. Rounding to
+    more bits than there are costs nothing, and XLA does not look through it. XLA:TPU, which makes
+    float64 of float32, cannot round it.
+    """
+    info = jnp.finfo(x.dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return lax.reduce_precision(x, info.nexp + 1, info.nmant + 1)
+
+    if info.bits < 64:
+        return rounded(x)
+    return lax.platform_dependent(x, tpu=lambda x: x, default=rounded)
 
 
 def complex_of(parts: Sequence[jax.Array]) -> jax.Array:

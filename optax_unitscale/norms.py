@@ -143,8 +143,9 @@ def _slopes(
             dual = real_parts(dual, dtype)
             if norm == "linf":
                 scaled = complex_of([lax.mul(part, factor) for part in real_parts(x, dtype)])
-                # Not equal: the norm may come from sizes taken in another precision.
-                least = by.value * (1 - 4 * float(jnp.finfo(dtype).eps))
+                # The norm may come from magnitudes taken in another precision.
+                slack = 4 * float(jnp.finfo(dtype).eps) if jnp.iscomplexobj(x) else 0
+                least = by.value * (1 - slack)
                 hit = lax.ge(lax.abs(scaled), lax.expand_dims(least, member.axes)).astype(dtype)
                 dual = [part * hit for part in dual]
                 hits.append(jnp.sum(hit, axis=member.axes))

@@ -61,9 +61,9 @@ def gradient_norms(
 
       `norms_table` and `plot_norms` show them. To average over steps, record them with
       ``optax.monitor({"grad_norms": optax.measure_with_ema(gradient_norms, decay=0.9)})``, which
-      Optax has from 0.2.7 on. For
-      TensorBoard, with ``writer = tensorboardX.SummaryWriter(folder)``, which needs neither PyTorch
-      nor TensorFlow, write each step ::
+      Optax has from 0.2.7 on. For TensorBoard, with
+      ``writer = tensorboardX.SummaryWriter(folder)``, which needs neither PyTorch nor TensorFlow,
+      write each step ::
 
         for name, norm in norms.items():
             writer.add_scalar(f"grad_norms/{name}", float(norm), step)

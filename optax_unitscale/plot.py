@@ -40,8 +40,7 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     ==========  ================================================================
 
     What is nearer to the median can be healthy: by their sizes alone l2 norms differ a thousandfold
-    between a scalar and a matrix of a million elements, and in the language model of
-    ``python -m benchmarks train`` the ratio runs from 0.002 to 110.
+    between a scalar and a matrix of a million elements.
 
     Args:
       norms: what `gradient_norms` returns, also as Flax NNX holds it, or floats by name. An array

@@ -11,7 +11,14 @@ from jax import lax
 
 from optax_unitscale import mesh
 from optax_unitscale.groups import Group
-from optax_unitscale.leaves import accumulator, count, real_parts, renumbered, with_mesh_axes
+from optax_unitscale.leaves import (
+    accumulator,
+    count,
+    opaque,
+    real_parts,
+    renumbered,
+    with_mesh_axes,
+)
 from optax_unitscale.partials import group_partials, kind_of, sum_of
 
 __all__ = ["RANGES", "SafeSum", "sums_at_every_scale", "sums_with_rescue"]
@@ -127,15 +134,9 @@ def _sums_at(
 ) -> list[jax.Array]:
     sums = []
     for scale in scales:
-        parts = real_parts(x, dtype)
+        parts = [opaque(part) for part in real_parts(x, dtype)]
         if scale != 1:
-            # In a leaf that is c * y, XLA would turn (c * y) * scale into y * (c * scale), where
-            # c * scale can leave the range. It does not do so through a magnitude.
-            parts = [lax.mul(lax.abs(part), lax.full_like(part, scale)) for part in parts]
-            if norm == "l2":
-                # In a leaf that is a constant, XLA would likewise square the scale first.
-                bound = float(jnp.finfo(dtype).max)
-                parts = [lax.min(part, lax.full_like(part, bound)) for part in parts]
+            parts = [opaque(lax.mul(part, lax.full_like(part, scale))) for part in parts]
         sums.append(sum_of(norm, parts, axes))
     return sums
 

@@ -19,6 +19,8 @@ from optax_unitscale.leaves import (
     complex_of,
     crosses_devices,
     is_small,
+    is_whole,
+    opaque,
     real_parts,
     root,
     with_mesh_axes,
@@ -95,6 +97,8 @@ def _column_sum(norm: str, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     if x.dtype == jnp.bfloat16 and not is_narrow:
         x, axes, outer = _split(x, axes)
     parts = real_parts(x, np.dtype(np.float32 if is_narrow else np.float64))
+    if is_narrow:
+        parts = [opaque(part) for part in parts]
     total = lax.convert_element_type(sum_of(norm, parts, axes, parts), np.float64)
     # XLA would make one sum of the two.
     return lax.reduce_sum(lax.optimization_barrier(total), outer) if outer else total
@@ -170,13 +174,11 @@ def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Arra
 def _joined(group: Group, leaves: Sequence[jax.Array]) -> tuple[Group, Sequence[jax.Array]]:
     """A group's leaves end to end, for XLA compiles and runs one sum far faster than hundreds.
 
-    Not where a norm keeps axes, nor where there are devices over which a leaf may be split, which
-    does not show under `jax.jit`: what is joined is gathered.
+    Not where a norm keeps axes, nor where leaves may be on several devices.
     """
     arrays = [leaves[member.leaf] for member in group.members]
     keeps = any(len(m.axes) < x.ndim for m, x in zip(group.members, arrays, strict=True))
-    has_mesh = any(not jax.typeof(x).sharding.mesh.empty for x in arrays)
-    is_split = has_mesh or crosses_devices(group, leaves) or jax.device_count() > 1
+    is_split = crosses_devices(group, leaves) or not all(map(is_whole, arrays))
     if len(arrays) < 2 or keeps or is_split:
         return group, leaves
     kinds: dict[np.dtype, list[jax.Array]] = {}

@@ -35,6 +35,16 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture
+def one_device() -> Iterator[None]:
+    """What XLA may change the shape of on a machine with one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", params=["small", "large"])
 def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leaves of a few elements take the way of small leaves on CPU, and that of large ones.

@@ -133,3 +133,9 @@ def test_the_derivative_of_the_largest_complex_number_is_finite(count):
     for seed in range(40):
         z = jnp.asarray(sample((count,), "complex64", seed=seed))
         assert np.isfinite(np.asarray(gradient(z))).all()
+
+
+def test_what_is_nearly_the_largest_has_no_part_in_the_derivative_of_the_largest():
+    x = jnp.array([1.0, 1 - 2.0**-22, 0.5, -1 + 3 * 2.0**-23])
+    gradient = jax.grad(lambda x: scaled(x, "linf")[2])(x)
+    np.testing.assert_array_equal(np.asarray(gradient), [-0.5, 0, 1, 0])

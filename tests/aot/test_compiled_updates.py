@@ -98,6 +98,31 @@ def test_compilers_do_not_square_the_powers_of_two_which_would_leave_the_range(p
     assert {np.float32(2.0**80), np.float32(2.0**-100)} <= constants
 
 
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    # The compiler refuses integers of float64, and dies of a complex128's magnitude.
+    [("l2", "float64"), ("rms", "float64"), ("l1", "float64"), ("l2", "complex128")],
+)
+def test_float64_compiles_for_tpu_too(norm, dtype):
+    with jax.enable_x64(True):
+        mesh = make_mesh(TOPOLOGIES["TPU v5e, 256 chips"])
+        leaf = jax.ShapeDtypeStruct((8, 300), dtype, sharding=NamedSharding(mesh, P()))
+        assert compile_update(unit_scale(norm), {"x": leaf}).as_text()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (300,)])
+@pytest.mark.parametrize("platform", ["TPU v5e, 256 chips", "H100, 8 GPUs"])
+def test_compilers_do_not_square_what_a_leaf_is_multiplied_by(platform, shape):
+    mesh = make_mesh(TOPOLOGIES[platform])
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P()))
+    by = np.float32(1e-15)
+    times = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x * by, updates))
+    text = compile_update(optax.chain(times, unit_scale()), {"x": leaf}).as_text() or ""
+    constants = {np.float32(x) for x in re.findall(r"constant\(([-+.\de]+)\)", text)}
+    assert by in constants
+    assert not any(0.99 < x / by**2 < 1.01 for x in constants)
+
+
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("platform", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
 def test_where_all_leaves_are_split_alike_there_is_one_all_reduce(platform, method):
