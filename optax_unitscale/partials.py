@@ -85,11 +85,11 @@ def _sum(
     scale: jax.Array | None = None,
 ) -> jax.Array:
     x, axes = _merged(x, axes)
-    parts = _read(x, dtype)
+    x, parts = _read(x, dtype)
     if scale is not None:
         parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
     # `mesh.largest` would write its integers to memory here.
-    other = _read(x, dtype) if norm == "linf" else ()
+    other = _read(x, dtype)[1] if norm == "linf" else ()
     return sum_of(norm, parts, axes, other, add)
 
 
@@ -112,14 +112,15 @@ def _merged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, 
     return lax.reshape(x, shape), tuple(merged)
 
 
-def _read(x: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    """A leaf's real parts in another dtype.
+def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
+    """A leaf, and its real parts in another dtype.
 
     Behind a barrier: XLA would undo a change of shape, multiply what a leaf is made of by itself
     (see `leaves.opaque`, which costs its library of sums), and write a leaf of a narrow dtype to
     memory, converted, for all that reads it.
     """
-    return real_parts(lax.optimization_barrier(x), dtype)
+    hidden = lax.optimization_barrier(x)
+    return hidden, real_parts(hidden, dtype)
 
 
 def sum_of(

@@ -94,11 +94,12 @@ def test_the_share_of_a_training_step_is_that_of_the_file():
     rows = json.loads(file.read_text())["results"]["training"]
     ratios = {row["name"]: 100 * row["ratio"]["median"] for row in rows}
     ours = ["unit_scale()", 'unit_scale(scope="global")']
-    alone = {f"{ratios[f'{name} alone']:.0f}" for name in ours}
+    alone = dict.fromkeys(f"{ratios[f'{name} alone']:.1f}" for name in ours)
     leaf, whole = (f"{ratios[f'{name}, sgd'] - 100:.0f}" for name in ours)
     sentence = (
-        f"Alone it takes about {' or '.join(alone)} % of a GPT's training step; within the step, "
-        f"measured at {rows[0]['model'][:-1]} M, {leaf} % per leaf and {whole} % as a whole."
+        f"Alone it takes {' or '.join(alone)} % of a GPT's training step on {rows[0]['tokens']} "
+        f"tokens; within the step, measured at {rows[0]['model'][:-1]} M, {leaf} % per leaf and "
+        f"{whole} % as a whole."
     )
     assert sentence in " ".join(README.split())
 
@@ -115,6 +116,26 @@ def test_what_clipping_by_block_is_faster_by_is_that_of_the_file():
     first, second, third, last = said
     sentence = f"by {first} parameters, {second}, {third} and {last}; to clipping"
     assert sentence in " ".join(README.split())
+
+
+def test_what_compiling_takes_is_that_of_the_file():
+    file = ROOT / "benchmarks/results/cpu-2-cores/speed.json"
+    rows = json.loads(file.read_text())["results"]["leaves"]
+    seconds = {
+        (x["name"], x["leaves"]): x["trace_seconds"] + x["compile_seconds"]
+        for x in rows
+        if "stopped" not in x
+    }
+    pairs = (("unit_scale()", "optax.clip_by_block_rms(1)"),)
+    pairs += (('unit_scale(scope="global")', "optax.normalize_by_update_norm()"),)
+    leaf, whole = (
+        {n: seconds[ours, n] / seconds[theirs, n] for name, n in seconds if name == ours}
+        for ours, theirs in pairs
+    )
+    most = f"hundreds of tensors, up to [{max(leaf.values()):.0f} times]"
+    assert most in " ".join(README.split())
+    least = f"of 2000 small ones as a whole it takes {100 * whole[2000]:.0f} % of the time of Optax"
+    assert least in " ".join(README.split())
 
 
 def test_the_diagram_is_that_of_the_imports():
@@ -199,6 +220,8 @@ def test_the_table_of_tasks_is_that_of_the_file():
     for task in (*level, "question_answering", "object_detection"):
         assert outcomes[task] == "level"
     assert 61.8 < max(means["question_answering"].values()) < 65
+    shallow = {x["optimizer"]: x["test"] for x in results["vanishing"]["standings"]}
+    assert sorted(accuracy > 50 for accuracy in shallow["adamw"]) == [False, False, True]
     for task, result in results.items():
         pair = ("unit_scale", "unit_scale_last")
         places = {x["optimizer"]: x["test"] for x in result["standings"]}

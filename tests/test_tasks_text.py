@@ -148,6 +148,7 @@ def test_a_model_that_answers_every_question_alike_has_the_share_of_that_answer(
     right = task.evaluate(indifferent(task), "test")
     majority = boolq.majority(question_answering.examples()["test"])
     assert right == pytest.approx(100 - majority)
+    assert f"{majority:.1f}" == "61.8", "the README says so"
     assert task.sample(indifferent(task), 0).endswith(": not more")
 
 

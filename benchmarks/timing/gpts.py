@@ -18,7 +18,7 @@ from benchmarks.timing.trees import MODELS
 __all__ = ["step", "training", "transformation"]
 
 RATE = 1e-3
-SEQUENCES = 1
+SEQUENCES = 4
 TRAINED = ("sgd", "unit_scale(), sgd", 'unit_scale(scope="global"), sgd')
 _Compiled = tuple[Callable[[], None], Row]
 
@@ -79,7 +79,7 @@ def step(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) -> lis
 
 
 def training(model: str, dtype: str, rounds: int, advance: Callable[[], Any]) -> list[Row]:
-    """Times a GPT's training step, on few tokens, with and without unit_scale, and that alone.
+    """Times a GPT's training step, on a small batch, with and without unit_scale, and that alone.
 
     Returns:
       A row a contender, with the `tokens` of a step. The ratios are to the step without: of the
