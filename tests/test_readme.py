@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.commands.range import METHODS, extent
-from benchmarks.optimizers import CONTENDERS, ORTHOGONAL
+from benchmarks.optimizers import COMPARED, CONTENDERS, ORTHOGONAL, TRANSFERRED
 from benchmarks.sweep import moves, verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -273,7 +273,15 @@ def test_the_table_of_sizes_is_that_of_the_file():
         for family, found in best.items()
     }
     widths, depths = moved["gpt_width"], moved["gpt_depth"]
-    assert f"Adam's moves by {widths['adam']:.1f} and {depths['adam']:.1f}." in README
+    words = " ".join(README.split())
+    adam = f"{widths['adam']:.1f} over widths and {depths['adam']:.1f} over depths."
+    assert f"where Adam's moves by {adam}" in words
+    assert f"Muon's own rate moves by {widths['muon']:.1f} and {depths['muon']:.1f}," in words
+    shaped = best["gpt_width"]["unit_scale_shape"]
+    from_64 = [x["learning_rate"] for size, x in shaped.items() if size >= 64]
+    said = f"on a rate that moves by {max(from_64) / min(from_64):.1f}, from 32 on by"
+    assert f"{said} {widths['unit_scale_shape']:.1f}, and over depths by none" in words
+    assert depths["unit_scale_shape"] == 1
     steps = moved["gpt_steps"]
     longest = {name: own[1600]["loss"] for name, own in best["gpt_steps"].items()}
     said = f"with Muon fall by {steps['muon']:.1f}, Adam's by {steps['adam']:.1f};"
@@ -283,14 +291,13 @@ def test_the_table_of_sizes_is_that_of_the_file():
     assert min(longest, key=longest.__getitem__) == "muon"
     assert longest["adam"] < longest["unit_scale_shape_rows"]
     batches = moved["gpt_batch"]
-    assert f"({batches['muon']:.1f} against {batches['unit_scale_muon']:.1f})" in README
+    assert f"({batches['muon']:.1f} against {batches['unit_scale_muon']:.1f})" in words
     assert f"{depths['unit_scale_last']:.1f}" == "2.0"
     for found in (widths, depths):
-        assert found["unit_scale_shape"] < 1.45
-        assert found["unit_scale_muon"] < 1.45
-        assert found["muon"] < 1.45
+        assert f"{found['unit_scale_muon']:.1f}" == "1.4"
         assert found["adamw_width"] < 1.45
-    assert widths["unit_scale_last"] == 1
+    assert widths["adamw_width"] == 1
+    assert widths["unit_scale_last"] < 1.45
     rows = (found["unit_scale_shape_rows"] for found in (widths, depths))
     assert "moves by {:.1f} over widths and {:.1f} over depths.".format(*rows) in " ".join(
         README.split()
@@ -314,3 +321,24 @@ def test_the_table_of_sizes_is_that_of_the_file():
     assert abs(pair[0]["loss"] - pair[1]["loss"]) < min(x["range"] for x in pair)
     digits = {name: own[1024]["loss"] for name, own in best["mlp_width"].items()}
     assert digits.pop("unit_scale_shape") > 3 * max(digits.values())
+
+
+def test_what_was_tried_on_the_way_is_that_of_the_files():
+    folder = ROOT / "benchmarks/results/cpu-2-cores"
+    tried, main = (
+        json.loads((folder / name / "transfer.json").read_text())["gpt_width"]
+        for name in ("transfer_tried", "transfer")
+    )
+    assert tried.keys() == set(CONTENDERS) - set(COMPARED) - set(TRANSFERRED)
+    loss = {name: own["256"]["loss"] for name, own in (main | tried).items()}
+    section = " ".join(README.split("- What led there")[1].split("\n\n")[0].split())
+    said = re.findall(r"`(\w+)`\)?,? (2\.\d+)", section)
+    said += [
+        (name, x) for x, name in re.findall(r"(2\.\d+) [^;]*?\(`(unit_scale_muon\w*)`\)", section)
+    ]
+    assert dict(said) == {name: f"{loss[name]:.2f}" for name, _ in said}
+    assert dict(said).keys() == tried.keys() | {
+        "unit_scale_shape",
+        "unit_scale_shape_rows",
+        "unit_scale_muon",
+    }
