@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_benchmarks_compare import trial
 
 from benchmarks import __main__
 from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERRED
 from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
+from benchmarks.sweep.trial import Trial
 
 
 @pytest.mark.parametrize("best", [-17, -6, -5, -2, -1, 0, 1, 3, 9, 14])
@@ -49,7 +49,7 @@ def test_rates_are_factors_of_root_two_apart():
 
 def test_the_best_rate_counts_only_where_every_seed_ran():
     def at(rate, seed, loss):
-        return trial(rate=rate, seed=seed, losses=[4.0, loss])
+        return Trial("sgd", rate, seed, [4.0, loss], [], {}, None, 0.5)
 
     trials = [at(0.1, 0, 1.0), at(0.1, 1, 3.0), at(0.2, 0, 1.5), at(0.2, 1, 1.7), at(0.4, 0, 0.1)]
     assert transfer_search.best(trials) == (0.2, 1.6, pytest.approx(0.2))
