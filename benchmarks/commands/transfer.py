@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(PRESETS),
         default="cpu",
         help="cpu: about three hours on two cores; try: a fifth of the steps, but where they are "
-        "the size, to see it work; accelerator: larger models and ten times the steps (default: %(default)s)",
+        "the size, to see it work; accelerator: larger models and ten times the steps "
+        "(default: %(default)s)",
     )
     session.add_arguments(parser)
 
