@@ -87,12 +87,18 @@ def plot_losses(
     for panel in axes.flat[len(results) :]:
         panel.set_axis_off()
     low, high = min(losses), sorted(losses)[int(0.85 * (len(losses) - 1))]
-    axes[0, 0].set_ylim(low - 0.05 * (high - low), high)
+    # Every best rate shows.
+    high = max(high, *(best[1] for found in results.values() for best in found.values()))
+    margin = 0.05 * (high - low)
+    axes[0, 0].set_ylim(low - margin, high + margin)
     for row in axes:
         row[0].set_ylabel("training loss, last tenth [nats]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title=name.replace("_", "\n"))
-    figure.suptitle(f"{FAMILIES[name].what}; a dot: the best rate; higher losses are cut off")
+    figure.suptitle(
+        f"{FAMILIES[name].what}; large dots: the best rates; small: those tried; "
+        "higher losses are cut off"
+    )
     return figure
 
 
