@@ -67,7 +67,11 @@ def _adder(group: Group, leaves: Sequence[jax.Array], member: Member) -> _Adder:
 
 
 def _add_by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Adds up one axis after the other, so that no more than 32 numbers are added one by one."""
+    """Adds up one axis after the other, where they cannot be merged.
+
+    At once XLA:CPU adds the elements of a block of 32 along every axis one by one. Before JAX
+    0.10.2 it can do so with two of the axes even here.
+    """
     if len(axes) < 2:
         return lax.reduce_sum(x, axes)
     for axis in sorted(axes, reverse=True):
@@ -103,21 +107,21 @@ def _merged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, 
     shape: list[int] = []
     merged: list[int] = []
     for axis, size in enumerate(x.shape):
-        if axis in axes and merged and merged[-1] == len(shape) - 1:
+        is_summed = axis in axes
+        if is_summed and merged and merged[-1] == len(shape) - 1:
             shape[-1] *= size
-            continue
-        if axis in axes:
-            merged.append(len(shape))
-        shape.append(size)
+        else:
+            merged += [len(shape)] * is_summed
+            shape.append(size)
     return lax.reshape(x, shape), tuple(merged)
 
 
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
     """A leaf, and its real parts in another dtype.
 
-    Behind a barrier: XLA would undo a change of shape, multiply what a leaf is made of by itself
-    (see `leaves.opaque`, which costs its library of sums), and write a leaf of a narrow dtype to
-    memory, converted, for all that reads it.
+    Behind a barrier: XLA would undo a change of shape, read joined leaves one by one, multiply what
+    a leaf is made of by itself (see `leaves.opaque`, which costs its library of sums), and write a
+    leaf of a narrow dtype to memory, converted, for all that reads it.
     """
     hidden = lax.optimization_barrier(x)
     return hidden, real_parts(hidden, dtype)

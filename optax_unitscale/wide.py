@@ -185,8 +185,7 @@ def _joined(group: Group, leaves: Sequence[jax.Array]) -> tuple[Group, Sequence[
     for x in arrays:
         kinds.setdefault(x.dtype, []).append(lax.reshape(x, (x.size,)))
     parts = [xs[i : i + _JOINED] for xs in kinds.values() for i in range(0, len(xs), _JOINED)]
-    # Else XLA would read the leaves one by one again, within the sum.
-    joined = [lax.optimization_barrier(lax.concatenate(part, 0)) for part in parts]
+    joined = [lax.concatenate(part, 0) for part in parts]
     return Group("", tuple(Member(i, (0,), ()) for i in range(len(joined)))), joined
 
 

@@ -16,6 +16,7 @@ import pytest
 from benchmarks.commands.range import METHODS, extent
 from benchmarks.optimizers import COMPARED, CONTENDERS, ORTHOGONAL, TRANSFERRED
 from benchmarks.sweep import moves, verdicts
+from benchmarks.sweep.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -258,6 +259,8 @@ def test_the_table_of_sizes_is_that_of_the_file():
         }
         for family in results
     }
+    for family, own in best.items():
+        assert set(own["adam"]) == set(FAMILIES[family].sizes)
     # What the words say.
     spread = max(
         x["range"]
