@@ -17,7 +17,6 @@ __all__ = [
     "count",
     "crosses_devices",
     "is_small",
-    "is_whole",
     "opaque",
     "real_parts",
     "renumbered",
@@ -31,17 +30,9 @@ __all__ = [
 SMALL = 4096
 
 
-def is_small(x: jax.Array) -> bool:
+def is_small(x: jax.Array, times: int = 1) -> bool:
     """Whether a leaf's sum needs care on CPU; not known of a size that jax.export leaves open."""
-    return isinstance(x.size, int) and x.size < SMALL
-
-
-def is_whole(x: jax.Array) -> bool:
-    """Whether a leaf is surely on one device, so that its axes may be merged and it be joined.
-
-    Under `jax.jit` what is split over devices does not show; to change its shape would gather it.
-    """
-    return jax.typeof(x).sharding.mesh.empty and jax.device_count() == 1
+    return isinstance(x.size, int) and x.size < times * SMALL
 
 
 def accumulator(group: Group, leaves: Sequence[jax.Array]) -> np.dtype:

@@ -14,12 +14,12 @@ from optax_unitscale.leaves import (
     accumulator,
     complex_of,
     is_small,
-    is_whole,
     real_parts,
     with_mesh_axes,
 )
+from optax_unitscale.loops import merge_axes
 
-__all__ = ["group_partials", "kind_of", "sum_of"]
+__all__ = ["group_partials", "kind_of", "sum_of", "sums_in_one_loop"]
 
 _Adder = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -59,6 +59,41 @@ def group_partials(
     return with_mesh_axes(group, values)
 
 
+@functools.partial(jax.jit, static_argnames=("norm", "dtype"))
+def sums_in_one_loop(
+    norm: str, lots: Sequence[Sequence[jax.Array]], dtype: np.dtype
+) -> list[jax.Array]:
+    """The sum over each of several lots of leaves, all of them one operation.
+
+    Args:
+      norm: as `group_partials`.
+      lots: leaves of one shape and dtype.
+      dtype: what to sum in.
+
+    Returns:
+      A scalar a lot.
+    """
+    if norm == "linf":
+        # The maximum may lose a NaN, as in `sum_of`.
+        totals, largest = _reduce("l2", lots, dtype, lax.add), _reduce(norm, lots, dtype, lax.max)
+        return [lax.select(lax.ne(t, t), t, x) for t, x in zip(totals, largest, strict=True)]
+    return _reduce(norm, lots, dtype, lax.add)
+
+
+def _reduce(
+    norm: str,
+    lots: Sequence[Sequence[jax.Array]],
+    dtype: np.dtype,
+    operation: Callable[[jax.Array, jax.Array], jax.Array],
+) -> list[jax.Array]:
+    def term(x: jax.Array) -> jax.Array:
+        return _term(norm, _read(lax.reshape(x, (x.size,)), dtype)[1])
+
+    terms = [functools.reduce(operation, map(term, lot)) for lot in lots]
+    zeros = [np.zeros((), dtype) for _ in lots]
+    return lax.reduce(terms, zeros, lambda xs, ys: list(map(operation, xs, ys)), (0,))
+
+
 def _adder(group: Group, leaves: Sequence[jax.Array], member: Member) -> _Adder:
     """How XLA:CPU adds up a leaf well."""
     is_double = accumulator(group, leaves) == np.float64
@@ -88,7 +123,7 @@ def _sum(
     add: _Adder,
     scale: jax.Array | None = None,
 ) -> jax.Array:
-    x, axes = _merged(x, axes)
+    x, axes = merge_axes(x, axes)
     x, parts = _read(x, dtype)
     if scale is not None:
         parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]
@@ -97,29 +132,10 @@ def _sum(
     return sum_of(norm, parts, axes, other, add)
 
 
-def _merged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """The leaf with neighbouring axes that are summed made one: XLA:CPU adds up one axis best.
-
-    In several it adds elements one by one, in nine or more a million of them.
-    """
-    if len(axes) < 2 or not is_whole(x):
-        return x, axes
-    shape: list[int] = []
-    merged: list[int] = []
-    for axis, size in enumerate(x.shape):
-        is_summed = axis in axes
-        if is_summed and merged and merged[-1] == len(shape) - 1:
-            shape[-1] *= size
-        else:
-            merged += [len(shape)] * is_summed
-            shape.append(size)
-    return lax.reshape(x, shape), tuple(merged)
-
-
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
     """A leaf, and its real parts in another dtype.
 
-    Behind a barrier: XLA would undo a change of shape, read joined leaves one by one, multiply what
+    Behind a barrier: XLA would undo a change of shape, multiply what
     a leaf is made of by itself (see `leaves.opaque`, which costs its library of sums), and write a
     leaf of a narrow dtype to memory, converted, for all that reads it.
     """
@@ -147,16 +163,21 @@ def sum_of(
     Returns:
       An array of the other axes.
     """
-    if norm == "l2":
-        squares = [lax.mul(part, part) for part in parts]
-        return add(squares[0] if len(parts) == 1 else lax.add(*squares), axes)
-    magnitudes = lax.abs(complex_of(parts))
-    if norm == "l1":
-        return add(magnitudes, axes)
+    term = _term(norm, parts)
+    if norm != "linf":
+        return add(term, axes)
     if not others:
-        return mesh.largest(magnitudes, axes)
+        return mesh.largest(term, axes)
     total = sum_of("l2", others, axes)
-    return lax.select(lax.ne(total, total), total, lax.reduce_max(magnitudes, axes))
+    return lax.select(lax.ne(total, total), total, lax.reduce_max(term, axes))
+
+
+def _term(norm: str, parts: Sequence[jax.Array]) -> jax.Array:
+    """What is added up, or compared, element by element."""
+    if norm != "l2":
+        return lax.abs(complex_of(parts))
+    squares = [lax.mul(part, part) for part in parts]
+    return squares[0] if len(parts) == 1 else lax.add(*squares)
 
 
 def kind_of(norm: str) -> Literal["sum", "max"]:

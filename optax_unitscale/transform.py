@@ -15,7 +15,7 @@ from optax_unitscale.division import ScaledNorm, divide, divisor
 from optax_unitscale.groups import Group, Plan, assign, make_plan
 from optax_unitscale.leaves import crosses_devices, renumbered, root
 from optax_unitscale.norms import group_norms
-from optax_unitscale.wide import divide_small, is_small_group
+from optax_unitscale.wide import divide_small, small_groups
 
 __all__ = ["unit_scale"]
 
@@ -125,8 +125,8 @@ def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
     scaled = list(leaves)
     parts: tuple[list[Group], list[Group]] = [], []
-    for group in groups:
-        parts[is_small_group(group, leaves)].append(group)
+    for group, is_small in zip(groups, small_groups(groups, leaves), strict=True):
+        parts[is_small].append(group)
     for part, divide_part in ((parts[True], _divide_small), (parts[False], _divide)):
         members = [member.leaf for group in part for member in group.members]
         for leaf, x in zip(members, divide_part(plan.norm, part, leaves, min_norm), strict=True):
@@ -158,7 +158,7 @@ def _divide_small(
         return lax.platform_dependent(
             leaves,
             min_norm,
-            cpu=functools.partial(_by_group, divide_small, norm, groups),
+            cpu=functools.partial(divide_small, norm, groups),
             default=functools.partial(_by_group, _divide, norm, groups),
         )
 

@@ -5,7 +5,7 @@ wider numbers do, to run and, where leaves are many, to compile. On GPU sums ove
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,29 @@ from optax_unitscale.groups import Group, Member
 from optax_unitscale.leaves import (
     accumulator,
     complex_of,
-    crosses_devices,
     is_small,
-    is_whole,
     opaque,
     real_parts,
     root,
     with_mesh_axes,
 )
-from optax_unitscale.partials import group_partials, kind_of, sum_of
+from optax_unitscale.loops import Part, shared_loops
+from optax_unitscale.partials import group_partials, kind_of, sum_of, sums_in_one_loop
 from optax_unitscale.sums import sums_with_rescue
 
-__all__ = ["column_norms", "divide_small", "is_columns", "is_small_group", "wide_norms"]
+__all__ = ["column_norms", "divide_small", "is_columns", "small_groups", "wide_norms"]
 
-# Leaves in one array: thousands take XLA long.
-_JOINED = 256
+_Partials = list[tuple[jax.Array, tuple[Hashable, ...]]]
 
 
-def is_small_group(group: Group, leaves: Sequence[jax.Array]) -> bool:
-    """Whether all of a group is small and, on CPU, goes through float64."""
-    is_double = accumulator(group, leaves) == np.float64
-    return not is_double and all(is_small(leaves[member.leaf]) for member in group.members)
+def small_groups(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[bool]:
+    """Which groups CPU takes in float64 as a whole."""
+    done = _leaves_of(shared_loops(groups, leaves))
+    return [
+        accumulator(group, leaves) != np.float64
+        and all(m.leaf in done or is_small(leaves[m.leaf]) for m in group.members)
+        for group in groups
+    ]
 
 
 def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -51,19 +53,49 @@ def wide_norms(norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]) 
     Returns:
       One float64 array a group, of the shape of its kept axes.
     """
-    small = [_only(group, leaves, small=True) for group in groups]
-    large = [_only(group, leaves, small=False) for group in groups]
-    rescued = iter(sums_with_rescue(norm, [group for group in large if group.members], leaves))
     with jax.enable_x64(True):
-        double = np.dtype(np.float64)
-        taken = [group_partials(norm, *_joined(group, leaves), double) for group in small]
-        for pairs, group in zip(taken, large, strict=True):
+        taken, left = _small_partials(norm, groups, leaves)
+    rescued = iter(sums_with_rescue(norm, [group for group in left if group.members], leaves))
+    with jax.enable_x64(True):
+        for pairs, group in zip(taken, left, strict=True):
             if group.members:
                 total, scale = (lax.convert_element_type(x, np.float64) for x in next(rescued))
                 scale = lax.mul(scale, scale) if norm == "l2" else scale
                 pairs.append((lax.div(total, scale), ()))
-        totals = mesh.combine(taken, kind_of(norm))
-        return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
+        return _combined(norm, taken)
+
+
+def _small_partials(
+    norm: str, groups: Sequence[Group], leaves: Sequence[jax.Array]
+) -> tuple[list[_Partials], list[Group]]:
+    """What leaves have of each group's sum that go through float64, and the groups without them."""
+    double = np.dtype(np.float64)
+    taken: list[_Partials] = [[] for _ in groups]
+    loops = shared_loops(groups, leaves)
+    for loop in loops:
+        lots = [[leaves[i] for i in part.leaves] for part in loop]
+        for part, total in zip(loop, sums_in_one_loop(norm, lots, double), strict=True):
+            taken[part.group].append((total, ()))
+    done = _leaves_of(loops)
+    left = []
+    for group, pairs in zip(groups, taken, strict=True):
+        others: tuple[list[Member], list[Member]] = [], []
+        for member in group.members:
+            if member.leaf not in done:
+                others[is_small(leaves[member.leaf])].append(member)
+        large, small = (Group(group.name, tuple(members)) for members in others)
+        pairs += group_partials(norm, small, leaves, double)
+        left.append(large)
+    return taken, left
+
+
+def _leaves_of(loops: Sequence[Sequence[Part]]) -> set[int]:
+    return {leaf for loop in loops for part in loop for leaf in part.leaves}
+
+
+def _combined(norm: str, taken: Sequence[_Partials]) -> list[jax.Array]:
+    totals = mesh.combine(taken, kind_of(norm))
+    return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
 
 
 def is_columns(x: jax.Array, axes: tuple[int, ...]) -> bool:
@@ -85,8 +117,7 @@ def column_norms(
         for group in groups:
             sums = [_column_sum(norm, leaves[m.leaf], m.axes) for m in group.members]
             taken.append(with_mesh_axes(group, sums))
-        totals = mesh.combine(taken, kind_of(norm))
-        return [lax.sqrt(total) for total in totals] if norm == "l2" else totals
+        return _combined(norm, taken)
 
 
 def _column_sum(norm: str, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -169,26 +200,3 @@ def _divide(x: jax.Array, inverse: jax.Array, axes: tuple[int, ...]) -> jax.Arra
         inverse = lax.expand_dims(inverse, axes)
         parts = [lax.mul(part, inverse) for part in real_parts(x, np.dtype(np.float64))]
         return lax.convert_element_type(complex_of(parts), x.dtype)
-
-
-def _joined(group: Group, leaves: Sequence[jax.Array]) -> tuple[Group, Sequence[jax.Array]]:
-    """A group's leaves end to end, for XLA compiles and runs one sum far faster than hundreds.
-
-    Not where a norm keeps axes, nor where leaves may be on several devices.
-    """
-    arrays = [leaves[member.leaf] for member in group.members]
-    keeps = any(len(m.axes) < x.ndim for m, x in zip(group.members, arrays, strict=True))
-    is_split = crosses_devices(group, leaves) or not all(map(is_whole, arrays))
-    if len(arrays) < 2 or keeps or is_split:
-        return group, leaves
-    kinds: dict[np.dtype, list[jax.Array]] = {}
-    for x in arrays:
-        kinds.setdefault(x.dtype, []).append(lax.reshape(x, (x.size,)))
-    parts = [xs[i : i + _JOINED] for xs in kinds.values() for i in range(0, len(xs), _JOINED)]
-    joined = [lax.concatenate(part, 0) for part in parts]
-    return Group("", tuple(Member(i, (0,), ()) for i in range(len(joined)))), joined
-
-
-def _only(group: Group, leaves: Sequence[jax.Array], small: bool) -> Group:
-    members = tuple(m for m in group.members if is_small(leaves[m.leaf]) == small)
-    return Group(group.name, members)

@@ -49,7 +49,7 @@ def one_device() -> Iterator[None]:
 def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leaves of a few elements take the way of small leaves on CPU, and that of large ones.
 
-    Small ones as on a machine with one device, where a group's are joined.
+    Small ones as on a machine with one device, where those of one shape are summed in one loop.
     """
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":

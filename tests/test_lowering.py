@@ -1,6 +1,5 @@
 """What XLA makes of it: memory, reads of the gradient, merged reductions, compile size."""
 
-import functools
 import re
 from typing import Any
 
@@ -128,46 +127,6 @@ def test_small_leaves_need_no_branch_and_no_more_kernels_than_clip_by_block_rms(
     ours, theirs = (len(re.findall(r" (?:fusion|conditional|call)\(", text)) for text in texts)
     assert "conditional(" not in texts[0]
     assert ours <= theirs
-
-
-def sums(monkeypatch: pytest.MonkeyPatch, devices: int, function: Any, *arguments: Any) -> int:
-    """How many different sums there are, on a machine with as many devices."""
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    jax.clear_caches()
-    program = jax.jit(function).lower(*arguments).as_text()
-    monkeypatch.undo()
-    jax.clear_caches()
-    return program.count("stablehlo.reduce(")
-
-
-@pytest.mark.parametrize("options", [{"scope": "global"}, {"scope": by_block}], ids=["all", "some"])
-def test_on_one_device_small_leaves_that_share_a_norm_are_summed_together(options, monkeypatch):
-    def some(dtype: Any) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct((3, 4 + i), dtype) for i in range(140)]
-
-    blocks = [{"a": some(jnp.float32), "b": some(jnp.float16)}]
-    tree = {"embed": some(jnp.float32), "blocks": blocks}
-    assert sums(monkeypatch, 1, lambda t: scaled(t, **options), tree) < 10
-    # With more, any may be split, which only XLA knows.
-    assert sums(monkeypatch, 2, lambda t: scaled(t, **options), tree) > 280
-
-
-def test_leaves_that_a_mesh_or_a_named_axis_splits_are_not_joined(monkeypatch):
-    tree = [jnp.ones((4, 3)), jnp.ones((4, 2))]
-
-    def plain(tree):
-        return scaled(tree, scope="global")
-
-    def by_name(tree):
-        divide = functools.partial(scaled, scope="global", axis_name="batch")
-        return jax.vmap(divide, axis_name="batch")(tree)
-
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    placed = jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P(None, "data")))
-    assert sums(monkeypatch, 1, plain, tree) < sums(monkeypatch, 2, plain, tree)
-    with jax.set_mesh(mesh):
-        assert sums(monkeypatch, 1, plain, placed) == sums(monkeypatch, 2, plain, placed)
-    assert sums(monkeypatch, 1, by_name, tree) == sums(monkeypatch, 2, by_name, tree)
 
 
 def test_leaves_of_one_shape_are_traced_once():
