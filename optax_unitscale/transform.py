@@ -75,8 +75,8 @@ def unit_scale(
     Numerics:
       Sums are accumulated in float32, or float64 for float64 and complex128, at a power-of-two
       scale where squares would overflow or be lost; on CPU, those of leaves of less than 4096
-      elements, and on GPU those over rows, in float64 where float32 is not wide enough, which needs
-      no scale. There is no epsilon.
+      elements (of one shape, on one device: 16384), and on GPU those over rows, in float64 where
+      float32 is not wide enough, which needs no scale. There is no epsilon.
       The norm of the result is 1 within a few units of the leaf's precision for every element in
       the dtype's normal range. Subnormal elements are zero where the platform flushes them, as XLA
       does on CPU; elsewhere a norm below the smallest normal number is taken as that. A power of
