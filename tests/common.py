@@ -10,9 +10,19 @@ import numpy as np
 import optax
 from jax import export
 
-from optax_unitscale import unit_scale
+from optax_unitscale import scale_by_shape, unit_scale
 
-__all__ = ["EMPTY", "NORMS", "compilations", "exported_for", "sample", "scaled"]
+__all__ = [
+    "EMPTY",
+    "NORMS",
+    "compilations",
+    "exported_for",
+    "factors",
+    "sample",
+    "scaled",
+    "shaped",
+    "shapes",
+]
 
 EMPTY = optax.EmptyState()
 NORMS = ["l2", "rms", "l1", "linf"]
@@ -28,6 +38,27 @@ def compilations() -> int:
 def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
     """The updates of one call of `unit_scale`."""
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
+
+
+def factors(tree: Any, *args: Any, **options: Any) -> dict[str, float]:
+    """What each leaf was multiplied by, by name."""
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), tree)
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(shaped(ones, *args, **options)):
+        assert np.ptp(np.asarray(x)) == 0
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name.removesuffix("/value")] = float(np.asarray(x).ravel()[0])
+    return found
+
+
+def shaped(tree: Any, rule: str = "spectral", **options: Any) -> Any:
+    """The updates of one call of `scale_by_shape`."""
+    return scale_by_shape(rule, **options).update(tree, EMPTY)[0]
+
+
+def shapes(**leaves: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Ones, by name."""
+    return {name: np.ones(shape, np.float32) for name, shape in leaves.items()}
 
 
 def exported_for(function: Callable[[Any], Any], example: Any, platform: str = "cuda") -> Any:
