@@ -14,7 +14,7 @@ from optax_unitscale.paths import (
     Prefix,
     check_dtype,
     check_fit,
-    flatten,
+    gradients,
     is_float0,
     join,
     make_prefix,
@@ -110,7 +110,7 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
       TypeError: a leaf is neither floating nor complex.
       ValueError: labels, axes or kept axes do not fit the updates.
     """
-    flat = flatten(updates)
+    flat = gradients(updates)
     paths, leaves = [path for path, _ in flat], [x for _, x in flat]
     for path, x in flat:
         check_dtype(plan.caller, path, x)
@@ -118,18 +118,27 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
     labels = _labels(plan, updates, paths)
     groups: dict[Any, list[Member]] = {}
     names: dict[Any, str] = {}
-    kept: dict[Any, tuple[tuple[int, ...], Path]] = {}
+    kept: dict[Any, tuple[tuple[int, ...], tuple[Any, ...], Path]] = {}
     for index, (path, x, label) in enumerate(zip(paths, leaves, labels, strict=True)):
         if is_float0(x) or x.size == 0:
             continue
         axes = _axes(plan, path, x)
         shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-        first_shape, first_path = kept.setdefault(label, (shape, path))
+        # Under `jax.set_mesh` with explicit axes; else all None.
+        split = tuple(name for i, name in enumerate(jax.typeof(x).sharding.spec) if i not in axes)
+        first_shape, first_split, first_path = kept.setdefault(label, (shape, split, path))
         if shape != first_shape:
             raise ValueError(
                 f"{plan.caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
                 f"{show(first_path)} of the same group keeps {first_shape}. Leaves that share a "
                 "norm must keep equal axes: change axis, or give them different labels."
+            )
+        if split != first_split:
+            raise ValueError(
+                f"{plan.caller}: {show(path)} is split over {split} along the axes that it keeps, "
+                f"but {show(first_path)} of the same group over {first_split}. Leaves that share a "
+                "norm must be split alike there: use jax.sharding.reshard, or give them different "
+                "labels."
             )
         names.setdefault(label, path.name if plan.scope == "leaf" else str(label))
         groups.setdefault(label, []).append(Member(index, axes, _mesh_axes(plan, path, x)))

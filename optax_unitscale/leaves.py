@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 
-# Elements. From here on XLA:CPU adds float32 up with a library; below, one element after the other
-# within blocks of 32 along every axis.
+# Elements. From here on XLA:CPU adds most of float32 up with a library; below, one element after
+# the other within blocks of 32 along every axis.
 SMALL = 4096
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from optax_unitscale import mesh
-from optax_unitscale.groups import Group, Member
+from optax_unitscale.groups import Group
 from optax_unitscale.leaves import (
     accumulator,
     complex_of,
@@ -55,7 +55,9 @@ def group_partials(
             # broadcast, a temporary of their size. And XLA cannot multiply the scale with a number
             # within the leaf.
             by, x = lax.optimization_barrier((by, x))
-        values.append(_sum(norm, x, member.axes, dtype, _adder(group, leaves, member), by))
+        is_double = accumulator(group, leaves) == np.float64
+        by_axis = _HAS_NO_LIBRARY or (is_double and is_small(x))
+        values.append(_sum(norm, x, member.axes, dtype, by_axis, by))
     return with_mesh_axes(group, values)
 
 
@@ -94,18 +96,11 @@ def _reduce(
     return lax.reduce(terms, zeros, lambda xs, ys: list(map(operation, xs, ys)), (0,))
 
 
-def _adder(group: Group, leaves: Sequence[jax.Array], member: Member) -> _Adder:
-    """How XLA:CPU adds up a leaf well."""
-    is_double = accumulator(group, leaves) == np.float64
-    by_axis = _HAS_NO_LIBRARY or (is_double and is_small(leaves[member.leaf]))
-    return _add_by_axis if by_axis else lax.reduce_sum
-
-
 def _add_by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Adds up one axis after the other, where they cannot be merged.
 
-    At once XLA:CPU adds the elements of a block of 32 along every axis one by one. Before JAX
-    0.10.2 it can do so with two of the axes even here.
+    At once XLA:CPU would add up to a million elements one by one, or those of a block of 32 along
+    every axis. Before JAX 0.10.2 it can do so with two of the axes even here.
     """
     if len(axes) < 2:
         return lax.reduce_sum(x, axes)
@@ -114,16 +109,19 @@ def _add_by_axis(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "add"))
+@functools.partial(jax.jit, static_argnames=("norm", "axes", "dtype", "by_axis"))
 def _sum(
     norm: str,
     x: jax.Array,
     axes: tuple[int, ...],
     dtype: np.dtype,
-    add: _Adder,
+    by_axis: bool,
     scale: jax.Array | None = None,
 ) -> jax.Array:
     x, axes = merge_axes(x, axes)
+    # What XLA:CPU's library of sums does not take.
+    is_split = len(axes) > 1 and axes[-1] - axes[0] >= len(axes)
+    add = _add_by_axis if by_axis or is_split or x.ndim > 8 else lax.reduce_sum
     x, parts = _read(x, dtype)
     if scale is not None:
         parts = [lax.mul(part, lax.expand_dims(scale, axes)) for part in parts]

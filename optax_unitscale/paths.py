@@ -15,6 +15,7 @@ __all__ = [
     "check_dtype",
     "check_fit",
     "flatten",
+    "gradients",
     "is_float0",
     "join",
     "make_prefix",
@@ -74,6 +75,14 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
             children[keys[:depth]].add(key)
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(Path(keys, _names(keys, children)), value) for keys, value in flat]
+
+
+def gradients(updates: Any) -> list[tuple[Path, Any]]:
+    """The leaves as arrays, as `jax.jit` makes them; under `jax.disable_jit` it does not."""
+    return [
+        (path, x if isinstance(x, jax.Array) or is_float0(x) else jnp.asarray(x))
+        for path, x in flatten(updates)
+    ]
 
 
 def _names(keys: KeyPath, children: Mapping[KeyPath, set[Any]]) -> tuple[str, ...]:

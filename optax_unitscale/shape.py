@@ -15,7 +15,7 @@ from optax_unitscale.paths import (
     Prefix,
     check_dtype,
     check_fit,
-    flatten,
+    gradients,
     is_float0,
     join,
     make_prefix,
@@ -177,7 +177,7 @@ def _scale(updates: Any, rule: str, dimension_numbers: Prefix | Callable[..., An
         dimension_numbers = _as_prefix(dimension_numbers(updates))
     check_fit("scale_by_shape", "dimension_numbers", dimension_numbers, updates)
     scaled = []
-    for path, x in flatten(updates):
+    for path, x in gradients(updates):
         check_dtype("scale_by_shape", path, x)
         if not is_float0(x) and x.size > 0:
             x = x * RULES[rule](*_fans(dimension_numbers, path, x))

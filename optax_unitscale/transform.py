@@ -49,7 +49,7 @@ def unit_scale(
         own. None (all axes), an int, a tuple of ints, a pytree prefix of these, or a callable
         `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For layers stacked along
         axis 0 by a scan, `lambda path, x: tuple(range(1, x.ndim))`. Leaves that share a norm must
-        keep equal axes.
+        keep equal axes, split alike where mesh axes are explicit.
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
         constant learning rate can converge. Beyond 1e36/√n in float32 the update may be 0.

@@ -142,3 +142,17 @@ def test_stacked_layers_are_scaled_each_by_itself_without_gathering(kind, spec):
     check_wire(update, most=len(LAYERS) * ON_CPU)
     check_layout(result, dict.fromkeys(NORMS, layers))
     check_same(result, every_layer(LAYERS))
+
+
+def test_leaves_that_share_norms_but_not_how_these_are_split_are_refused():
+    text = (
+        r"updates\['b'\] is split over \(None,\) along the axes that it keeps, but updates\['a'\] "
+    )
+    text += r"of the same group over \('a',\).*use jax.sharding.reshard"
+    with jax.set_mesh(mesh := make_mesh(AxisType.Explicit)):
+        tree = {"a": draw((8, 16)), "b": draw((8, 24))}
+        split = shard(tree, mesh, {"a": P("a"), "b": P(None, "a")})
+        with pytest.raises(ValueError, match=text):
+            scaled(split, scope="global", axis=1)
+        alike = shard(tree, mesh, {"a": P("a"), "b": P("a", "b")})
+        check_same(scaled(alike, scope="global", axis=1), scaled(tree, scope="global", axis=1))

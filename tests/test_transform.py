@@ -190,6 +190,16 @@ def test_scalars_become_their_sign_and_may_be_pythons_or_numpys(norm):
     assert [x.dtype for x in result] == ["float32"] * 4 + ["float16", "float32"]
 
 
+def test_without_jit_leaves_may_be_pythons_or_numpys_too():
+    tree = {"a": -2.0, "b": 3 + 4j, "c": np.array([3.0, 4.0]), "d": None}
+    with jax.disable_jit():
+        result, norms = scaled(tree), gradient_norms(tree)
+    assert result["a"] == -1
+    check(result["b"], 0.6 + 0.8j, "complex64")
+    check(result["c"], [0.6, 0.8])
+    assert norms == {"a": 2, "b": 5, "c": 5}
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_complex_leaves_keep_their_phase(norm):
     x = np.array([3 + 4j, -6 + 8j, 0], np.complex64)
