@@ -118,31 +118,39 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], list[Group]]:
     labels = _labels(plan, updates, paths)
     groups: dict[Any, list[Member]] = {}
     names: dict[Any, str] = {}
-    kept: dict[Any, tuple[tuple[int, ...], tuple[Any, ...], Path]] = {}
+    kept: dict[Any, tuple[tuple[int, ...], Path]] = {}
+    splits: dict[Any, tuple[tuple[Any, ...], Path]] = {}
     for index, (path, x, label) in enumerate(zip(paths, leaves, labels, strict=True)):
         if is_float0(x) or x.size == 0:
             continue
         axes = _axes(plan, path, x)
         shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-        # Under `jax.set_mesh` with explicit axes; else all None.
-        split = tuple(name for i, name in enumerate(jax.typeof(x).sharding.spec) if i not in axes)
-        first_shape, first_split, first_path = kept.setdefault(label, (shape, split, path))
+        first_shape, first_path = kept.setdefault(label, (shape, path))
         if shape != first_shape:
             raise ValueError(
                 f"{plan.caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
                 f"{show(first_path)} of the same group keeps {first_shape}. Leaves that share a "
                 "norm must keep equal axes: change axis, or give them different labels."
             )
-        if split != first_split:
-            raise ValueError(
-                f"{plan.caller}: {show(path)} is split over {split} along the axes that it keeps, "
-                f"but {show(first_path)} of the same group over {first_split}. Leaves that share a "
-                "norm must be split alike there: use jax.sharding.reshard, or give them different "
-                "labels."
-            )
+        sharding = jax.typeof(x).sharding
+        if not sharding.mesh.empty:
+            split = tuple(name for i, name in enumerate(sharding.spec) if i not in axes)
+            _check_split(plan, path, split, *splits.setdefault(label, (split, path)))
         names.setdefault(label, path.name if plan.scope == "leaf" else str(label))
         groups.setdefault(label, []).append(Member(index, axes, _mesh_axes(plan, path, x)))
     return leaves, [Group(names[label], tuple(members)) for label, members in groups.items()]
+
+
+def _check_split(
+    plan: Plan, path: Path, split: tuple[Any, ...], first: tuple[Any, ...], first_path: Path
+) -> None:
+    """Explicit mesh axes over which kept axes are split; where they are not explicit, all None."""
+    if split != first:
+        raise ValueError(
+            f"{plan.caller}: {show(path)} is split over {split} along the axes that it keeps, but "
+            f"{show(first_path)} of the same group over {first}. Leaves that share a norm must be "
+            "split alike there: use jax.sharding.reshard, or give them different labels."
+        )
 
 
 def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[Any]:

@@ -12,7 +12,7 @@ from optax_unitscale import mesh
 from optax_unitscale.groups import Group, Member
 from optax_unitscale.leaves import accumulator, is_small
 
-__all__ = ["Part", "merge_axes", "shared_loops"]
+__all__ = ["Part", "drop_axes", "merge_axes", "shared_loops"]
 
 # Leaves in one loop.
 _MOST = 8
@@ -65,6 +65,13 @@ def _parts(found: Sequence[tuple[int, int]]) -> list[Part]:
         return list(itertools.starmap(Part, parts.items()))
     ((group, members),) = parts.items()
     return [Part(group, members[::2]), Part(group, members[1::2])]
+
+
+def drop_axes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """The leaf without summed axes of size 1, which XLA:CPU counts as others."""
+    ones = [axis for axis in axes if isinstance(x.shape[axis], int) and x.shape[axis] == 1]
+    kept = [axis - sum(one < axis for one in ones) for axis in axes if axis not in ones]
+    return lax.squeeze(x, ones), tuple(kept)
 
 
 def merge_axes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from optax_unitscale.leaves import (
     real_parts,
     with_mesh_axes,
 )
-from optax_unitscale.loops import merge_axes
+from optax_unitscale.loops import drop_axes, merge_axes
 
 __all__ = ["group_partials", "kind_of", "sum_of", "sums_in_one_loop"]
 
@@ -118,7 +118,7 @@ def _sum(
     by_axis: bool,
     scale: jax.Array | None = None,
 ) -> jax.Array:
-    x, axes = merge_axes(x, axes)
+    x, axes = merge_axes(*drop_axes(x, axes))
     # What XLA:CPU's library of sums does not take.
     is_split = len(axes) > 1 and axes[-1] - axes[0] >= len(axes)
     add = _add_by_axis if by_axis or is_split or x.ndim > 8 else lax.reduce_sum

@@ -156,3 +156,11 @@ def test_leaves_that_share_norms_but_not_how_these_are_split_are_refused():
             scaled(split, scope="global", axis=1)
         alike = shard(tree, mesh, {"a": P("a"), "b": P("a", "b")})
         check_same(scaled(alike, scope="global", axis=1), scaled(tree, scope="global", axis=1))
+
+
+def test_beside_a_leaf_on_a_mesh_one_may_be_on_none():
+    tree = {"a": draw((8, 16)), "b": draw((8, 24))}
+    split = jax.device_put(tree["a"], NamedSharding(make_mesh(AxisType.Explicit), P("a")))
+    expected = scaled(tree, scope="global", axis=1)
+    for other in (tree["b"], jnp.asarray(tree["b"])):
+        check_same(scaled({"a": split, "b": other}, scope="global", axis=1), expected)
