@@ -68,9 +68,16 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
     # The root comes before the division, after which what is small would be lost.
     factor = by.factor if root == 1 else lax.mul(by.factor, lax.full_like(by.factor, root))
     value, factor, inverse = (lax.expand_dims(y, axes) for y in (by.value, factor, by.inverse))
-    parts = [lax.mul(opaque(part), factor) for part in real_parts(x, value.dtype)]
+    parts = [_times(opaque(part), factor) for part in real_parts(x, value.dtype)]
     parts = [_over(part, value, inverse) for part in parts]
     return lax.convert_element_type(complex_of(parts), x.dtype)
+
+
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies where the factor is not 1; where it is, XLA:CPU's loop has one product less."""
+    product = lax.mul(x, factor)
+    is_one = lax.broadcast_in_dim(lax.eq(factor, lax.full_like(factor, 1)), x.shape, range(x.ndim))
+    return lax.select(is_one, x, product)
 
 
 @jax.custom_jvp
