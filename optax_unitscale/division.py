@@ -75,9 +75,7 @@ def divide(x: jax.Array, by: Divisor, axes: tuple[int, ...], root: float = 1.0) 
 
 def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies where the factor is not 1; where it is, XLA:CPU's loop has one product less."""
-    product = lax.mul(x, factor)
-    is_one = lax.broadcast_in_dim(lax.eq(factor, lax.full_like(factor, 1)), x.shape, range(x.ndim))
-    return lax.select(is_one, x, product)
+    return jnp.where(lax.eq(factor, lax.full_like(factor, 1)), x, lax.mul(x, factor))
 
 
 @jax.custom_jvp
