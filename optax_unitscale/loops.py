@@ -1,6 +1,5 @@
 """Sums that XLA:CPU takes in one loop, where it would do worse by itself; on one device."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +50,9 @@ def shared_loops(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> list[l
         x = leaves[found[0][1]]
         if is_small(x, 4) and len(found) >= (2 if is_small(x) else 4):
             count = -(-len(found) // _MOST)
-            ends = [len(found) * i // count for i in range(count + 1)]
-            loops += [_parts(found[start:end]) for start, end in itertools.pairwise(ends)]
+            ends = [len(found) * i // count for i in range(1, count + 1)]
+            for start, end in zip([0, *ends], ends, strict=False):
+                loops.append(_parts(found[start:end]))
     return loops
 
 
@@ -62,7 +62,7 @@ def _parts(found: Sequence[tuple[int, int]]) -> list[Part]:
     for group, leaf in found:
         parts[group] = (*parts.get(group, ()), leaf)
     if len(parts) > 1:
-        return list(itertools.starmap(Part, parts.items()))
+        return [Part(group, members) for group, members in parts.items()]
     ((group, members),) = parts.items()
     return [Part(group, members[::2]), Part(group, members[1::2])]
 
