@@ -61,9 +61,14 @@ def check(result: Any, exact: Any, dtype: Any) -> None:
         np.testing.assert_allclose(wide, y, rtol=2 * oracle.epsilon(dtype), atol=least)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("dtype", "norm"),
+    [
+        *(("float32", norm) for norm in NORMS),
+        *(("bfloat16", "rms"), ("float16", "l2"), ("complex64", "l2"), ("complex64", "linf")),
+    ],
+)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
 @pytest.mark.usefixtures("one_device")
 def test_leaves_of_one_shape_are_unit_scaled_as_others(scope, norm, dtype):
     spread = 6 if dtype == "float16" else 60
