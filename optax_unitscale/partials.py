@@ -133,9 +133,9 @@ def _sum(
 def _read(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, list[jax.Array]]:
     """A leaf, and its real parts in another dtype.
 
-    Behind a barrier: XLA would undo a change of shape, multiply what
-    a leaf is made of by itself (see `leaves.opaque`, which costs its library of sums), and write a
-    leaf of a narrow dtype to memory, converted, for all that reads it.
+    Behind a barrier: XLA would undo a change of shape, multiply what a leaf is made of by itself
+    (see `leaves.opaque`, which costs its library of sums), and write a leaf of a narrow dtype to
+    memory, converted, for all that reads it.
     """
     hidden = lax.optimization_barrier(x)
     return hidden, real_parts(hidden, dtype)

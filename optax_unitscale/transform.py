@@ -1,7 +1,7 @@
 """`unit_scale`: the Optax transformation that gives every group of gradients unit norm."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -159,7 +159,7 @@ def _divide_small(
             leaves,
             min_norm,
             cpu=functools.partial(divide_small, norm, groups),
-            default=functools.partial(_by_group, _divide, norm, groups),
+            default=functools.partial(_by_group, norm, groups),
         )
 
     @divided.defjvp
@@ -170,16 +170,12 @@ def _divide_small(
 
 
 def _by_group(
-    divide_part: Callable[..., list[jax.Array]],
-    norm: str,
-    groups: Sequence[Group],
-    leaves: Sequence[Any],
-    min_norm: jax.Array,
+    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.Array
 ) -> list[jax.Array]:
     """Groups that are alike are traced once; those that cross devices, together, in one go."""
     if any(crosses_devices(group, leaves) for group in groups):
-        return divide_part(norm, groups, leaves, min_norm)
-    divide_one = jax.jit(divide_part, static_argnums=(0, 1))
+        return _divide(norm, groups, leaves, min_norm)
+    divide_one = jax.jit(_divide, static_argnums=(0, 1))
     return [x for g in groups for x in divide_one(norm, *renumbered(g, leaves), min_norm)]
 
 
