@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.leaves import root
-from optax_unitscale.norms import group_norms
+from optax_unitscale.norms import Reduction, norm_of
 from optax_unitscale.paths import some
 
 __all__ = ["gradient_norms"]
@@ -80,11 +79,11 @@ def gradient_norms(
 @functools.partial(jax.jit, static_argnames="plan", inline=True)
 def _norms(updates: Any, plan: Plan) -> dict[str, jax.Array]:
     leaves, groups = assign(plan, updates)
-    norms = group_norms(plan.norm, groups, leaves)
-    named = {
-        group.name: (n.value / root(plan.norm, group, leaves) / n.factor).astype(jnp.float32)
-        for group, n in zip(groups, norms, strict=True)
-    }
+    named = {}
+    for group in groups:
+        over = tuple(Reduction(m.axes, m.mesh_axes) for m in group.members)
+        norm = norm_of(plan.norm, over, [leaves[m.leaf] for m in group.members])
+        named[group.name] = (norm.value / norm.root / norm.root).astype(jnp.float32)
     if len(named) < len(groups):
         counts = collections.Counter(group.name for group in groups)
         raise ValueError(

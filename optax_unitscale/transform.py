@@ -1,21 +1,16 @@
 """`unit_scale`: the Optax transformation that gives every group of gradients unit norm."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.core import Tracer
 
-from optax_unitscale.division import ScaledNorm, divide, divisor
-from optax_unitscale.groups import Group, Plan, assign, make_plan
-from optax_unitscale.leaves import crosses_devices, renumbered, root
-from optax_unitscale.norms import group_norms
-from optax_unitscale.wide import divide_small, small_groups
+from optax_unitscale.groups import Plan, assign, make_plan
+from optax_unitscale.norms import Norm, Reduction, divide, norm_of
 
 __all__ = ["unit_scale"]
 
@@ -123,68 +118,29 @@ def unit_scale(
 @functools.partial(jax.jit, static_argnames="plan", inline=True)
 def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
     leaves, groups = assign(plan, updates)
-    scaled = list(leaves)
-    parts: tuple[list[Group], list[Group]] = [], []
-    for group, is_small in zip(groups, small_groups(groups, leaves), strict=True):
-        parts[is_small].append(group)
-    for part, divide_part in ((parts[True], _divide_small), (parts[False], _divide)):
-        members = [member.leaf for group in part for member in group.members]
-        for leaf, x in zip(members, divide_part(plan.norm, part, leaves, min_norm), strict=True):
-            scaled[leaf] = x
-    return jax.tree.unflatten(jax.tree.structure(updates), scaled)
+    for group in groups:
+        indices = [member.leaf for member in group.members]
+        parts = tuple(Reduction(member.axes, member.mesh_axes) for member in group.members)
+        units = _unit([leaves[i] for i in indices], min_norm, norm=plan.norm, parts=parts)
+        for i, unit in zip(indices, units, strict=True):
+            leaves[i] = unit
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
 
 
-def _divide(
-    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.typing.ArrayLike
+@functools.partial(jax.jit, static_argnames=("norm", "parts"))
+def _unit(
+    leaves: list[jax.Array], min_norm: jax.typing.ArrayLike, *, norm: str, parts: tuple[Reduction, ...]
 ) -> list[jax.Array]:
-    """The leaves of all groups over their norms, in the order of the groups' members."""
-    scaled = []
-    for group, measured in zip(groups, group_norms(norm, groups, leaves), strict=True):
-        times = root(norm, group, leaves)
-        by = divisor(_at_least(min_norm, measured, times))
-        scaled += [divide(leaves[m.leaf], by, m.axes, times) for m in group.members]
-    return scaled
-
-
-def _divide_small(
-    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.typing.ArrayLike
-) -> list[jax.Array]:
-    """The same for groups of small leaves, for which CPU has a way of its own."""
-    if not groups:
-        return []
-
-    @jax.custom_jvp
-    def divided(leaves: Sequence[Any], min_norm: jax.Array) -> list[jax.Array]:
-        return lax.platform_dependent(
-            leaves,
-            min_norm,
-            cpu=functools.partial(divide_small, norm, groups),
-            default=functools.partial(_by_group, norm, groups),
-        )
-
-    @divided.defjvp
-    def _(primals, tangents):
-        return jax.jvp(functools.partial(_divide, norm, groups), primals, tangents)
-
-    return divided(leaves, jnp.asarray(min_norm))
-
-
-def _by_group(
-    norm: str, groups: Sequence[Group], leaves: Sequence[Any], min_norm: jax.Array
-) -> list[jax.Array]:
-    """Groups that are alike are traced once; those that cross devices, together, in one go."""
-    if any(crosses_devices(group, leaves) for group in groups):
-        return _divide(norm, groups, leaves, min_norm)
-    divide_one = jax.jit(_divide, static_argnums=(0, 1))
-    return [x for g in groups for x in divide_one(norm, *renumbered(g, leaves), min_norm)]
-
-
-@functools.partial(jax.jit, static_argnames="root")
-def _at_least(min_norm: jax.typing.ArrayLike, measured: ScaledNorm, root: float) -> ScaledNorm:
-    floor = jnp.asarray(min_norm).astype(measured.value.dtype) * (measured.factor * root)
+    """The leaves of one group over its norm. Groups that are alike are traced once."""
+    value, root = norm_of(norm, parts, leaves)
+    floor = jnp.asarray(min_norm).astype(value.dtype)
+    is_below = value < floor * root * root
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-    value = jnp.where(jnp.isinf(measured.value), jnp.nan, measured.value)
-    return ScaledNorm(jnp.maximum(value, floor), measured.factor)
+    value = jnp.where(jnp.isinf(value), jnp.nan, value)
+    by = Norm(
+        jnp.where(is_below, floor, value), jnp.where(is_below, jnp.ones_like(root), root)
+    )
+    return [divide(x, by, part.axes) for x, part in zip(leaves, parts, strict=True)]
 
 
 def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from optax_unitscale import leaves
+from optax_unitscale import norms
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,27 +35,12 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.fixture
-def one_device() -> Iterator[None]:
-    """What XLA may change the shape of on a machine with one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="module", params=["small", "large"])
 def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leaves of a few elements take the way of small leaves on CPU, and that of large ones.
-
-    Small ones as on a machine with one device, where those of one shape are summed in one loop.
-    """
+    """Leaves of a few elements take the way of small leaves on CPU, then that of large ones."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "large":
-            patch.setattr(leaves, "SMALL", 0)
-        else:
-            patch.setattr(jax, "device_count", lambda: 1)
+            patch.setattr(norms, "SMALL", 0)
         jax.clear_caches()
         yield
     jax.clear_caches()
