@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ __all__ = [
     "flatten",
     "gradients",
     "is_float0",
+    "is_tree",
     "join",
     "make_prefix",
+    "matches",
     "show",
     "some",
 ]
@@ -137,3 +140,23 @@ def check_dtype(caller: str, path: Path, x: jax.Array) -> None:
 def is_float0(x: Any) -> bool:
     """Whether a leaf is the gradient of an integer, which holds nothing."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def is_tree(x: Any) -> bool:
+    """Whether an argument is a tree, as an Equinox module with `__call__` is, and no function."""
+    return not callable(x) or not jax.tree_util.all_leaves([x])
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob fits a name: `*` is any part of one name, `**` any number of names."""
+    return _fits(pattern.split("/"), name.split("/"))
+
+
+def _fits(patterns: list[str], names: list[str]) -> bool:
+    if not patterns:
+        return not names
+    first, *others = patterns
+    if first == "**":
+        return any(_fits(others, names[i:]) for i in range(len(names) + 1))
+    glob = ".*".join(map(re.escape, first.split("*")))
+    return bool(names) and bool(re.fullmatch(glob, names[0])) and _fits(others, names[1:])
