@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.conventions import kind_by_name
-from optax_unitscale.modules import Declared, declared, is_equinox, open_model
+from optax_unitscale.modules import Declared, Modules, declared, is_equinox, open_model
 from optax_unitscale.overrides import (
     Kernel,
     Kind,
@@ -165,7 +165,7 @@ def layers_in(
     known = known or {}
     if not isinstance(layers, Layers):
         return _find(caller, tree, layers or {}, None, known)
-    leaves = _arrays(tree)
+    leaves = _trained(*open_model(tree))
     said = {path.name: known.get(path.name) or layers.get(path.name) for path, _ in leaves}
     wrong = []
     for path, x in leaves:
@@ -182,12 +182,13 @@ def layers_in(
     return [(path, x, layer) for path, x in leaves if (layer := said[path.name])]
 
 
-def _arrays(tree: Any) -> list[tuple[Path, Any]]:
+def _trained(tree: Any, modules_around: Modules) -> list[tuple[Path, Any]]:
     """The leaves that can have a gradient."""
     leaves = []
-    for path, x in flatten(tree):
-        if isinstance(x, float | complex):
-            x = jnp.asarray(x)
+    for path, leaf in flatten(tree):
+        # A number in an Equinox module is a setting, such as the rate of dropout.
+        is_number = isinstance(leaf, float | complex) and not is_equinox(modules_around(path))
+        x: Any = jnp.asarray(leaf) if is_number else leaf
         is_array = hasattr(x, "shape") and hasattr(x, "dtype")
         if is_array and jnp.issubdtype(x.dtype, jnp.inexact) and 0 not in x.shape:
             leaves.append((path, x))
@@ -202,7 +203,7 @@ def _find(
     known: Mapping[str, Layer] | None = None,
 ) -> list[tuple[Path, Any, Layer]]:
     parameters, modules_around = open_model(model)
-    leaves = _arrays(parameters)
+    leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
     # Also those that None or optax.MaskedNode stands for.
     places = [path.name for path, _ in flatten(parameters, lambda x: not jax.tree.leaves(x))]
@@ -213,6 +214,10 @@ def _find(
     said = {path.name: declared(modules[path.name], path.names) for path, _ in leaves}
     ways = {name: _stackings(d, single[name]) for name, d in said.items() if d}
     found: dict[str, Layer] = {}
+
+    def by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
+        return kind_by_name(name, shapes, is_flax=not is_equinox(modules[name]))
+
     for name, shape in shapes.items():
         stack, batch = stacks[name], ()
         kind = override_of(caller, overrides, name, shape)
@@ -224,14 +229,13 @@ def _find(
                 kind, batch = own.kind, own.batch
                 stack += tuple(_without(tuple(range(len(shape))), stack)[axis] for axis in more)
         elif kind is None:
-            kind = kind_by_name(name, single, is_flax=not is_equinox(modules[name]))
+            kind = by_name(name, single)
         if kind is not None:
             found[name] = _layer(kind, len(shape), stack, batch)
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:
-        has_modules = any(said.values())
-        raise ValueError(explain(caller, unknown, shapes, has_modules))
+        raise ValueError(explain(caller, unknown, shapes, {n for n in said if said[n]}, by_name))
     return [(path, x, found[path.name]) for path, x in leaves]
 
 

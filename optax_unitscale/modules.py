@@ -12,7 +12,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from optax_unitscale.overrides import Kernel, Kind
 from optax_unitscale.paths import Path
 
-__all__ = ["Declared", "declared", "is_equinox", "open_model"]
+__all__ = ["Declared", "Modules", "declared", "is_equinox", "open_model"]
 
 
 class Declared(NamedTuple):
@@ -29,7 +29,11 @@ class Declared(NamedTuple):
     batch: tuple[int, ...] = ()
 
 
-def open_model(model: Any) -> tuple[Any, Callable[[Path], list[Any]]]:
+# The modules around a leaf, the innermost last.
+Modules = Callable[[Path], list[Any]]
+
+
+def open_model(model: Any) -> tuple[Any, Modules]:
     """The parameters of a model, and a function that gives the modules around a leaf."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):

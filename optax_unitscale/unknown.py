@@ -1,28 +1,40 @@
 """The error about leaves that can be several things: all of them, and the line to write."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from optax_unitscale.conventions import kind_by_name
 from optax_unitscale.overrides import Shape
+from optax_unitscale.paths import matches
 
 __all__ = ["explain"]
 
 
 def explain(
-    caller: str, unknown: Sequence[str], shapes: Mapping[str, Shape], has_modules: bool
+    caller: str,
+    unknown: Sequence[str],
+    shapes: Mapping[str, Shape],
+    typed: set[str],
+    by_name: Callable[[str, Mapping[str, Shape]], Any],
 ) -> str:
-    """Lists what is unknown, and shows by example how to say what it is."""
+    """Lists what is unknown, and shows by example how to say what it is.
+
+    Args:
+      caller: whose error it is.
+      unknown: the names of the leaves.
+      shapes: those of all leaves.
+      typed: leaves whose modules say what they are; unknown is which axes are stacked layers.
+      by_name: what a leaf of a name and a shape is, or None.
+    """
     lines = [f"{caller}: the name and the shape of these leaves do not show what they are:"]
     lines += [f"  {name} {shapes[name]}{_doubt(name, shapes[name])}" for name in unknown]
     stacks = _stacks(unknown, shapes)
     single = {name: _single(name, shape, stacks) for name, shape in shapes.items()}
     entries = {}
     for name in unknown:
-        if kind_by_name(name, single) is None:
-            *_, own, leaf = ["", *name.split("/")]
-            pattern = f"**/{own}/{leaf}" if own and not own.isdigit() else f"**/{leaf}"
-            entries[pattern if "/" in name else name] = _example(leaf, len(shapes[name]))
+        is_said = name in typed or by_name(name, single) is not None
+        if not is_said and not any(matches(p, name) for p in entries):
+            entries[_pattern(name, unknown, shapes)] = _example(name, shapes[name])
     shown = ", ".join(f'"{pattern}": {kind}' for pattern, kind in entries.items())
     said = [f"{{{shown}}}"] if entries else []
     if stacks:
@@ -30,9 +42,9 @@ def explain(
         is_first = len(stacks) == 1 and 0 in stacks.values()
         said.append(f'stacked="{next(iter(stacks))}/**"' if is_first else f"stacked={{{axes}}}")
     argument = "" if caller == "layers_of" else "layers="
-    model = "model" if has_modules else "params"
+    model = "model" if typed else "params"
     lines.append(f"Say it, such as {argument}layers_of({model}, {', '.join(said)}).")
-    if "flax.nnx" in sys.modules and not has_modules:
+    if "flax.nnx" in sys.modules and not typed:
         lines.append("A Flax NNX model in place of its parameters, layers_of(model), shows more.")
     if all(name.rpartition("/")[2].isdigit() for name in unknown):
         lines.append(
@@ -42,18 +54,37 @@ def explain(
     return "\n".join(lines)
 
 
+def _is_depthwise(name: str, shape: Shape) -> bool:
+    return "conv" in name.lower() and len(shape) > 2 and shape[-2:-1] == (1,)
+
+
 def _doubt(name: str, shape: Shape) -> str:
-    if not name.endswith(("kernel", "/w")) or len(shape) < 3 or shape[-2:-1] != (1,):
-        return ""
-    return f": depthwise (blocks={shape[len(shape) - 1]}), or on one channel?"
+    return ": depthwise, or on one channel?" if _is_depthwise(name, shape) else ""
 
 
-def _example(leaf: str, ndim: int) -> str:
+def _pattern(name: str, unknown: Sequence[str], shapes: Mapping[str, Shape]) -> str:
+    """A short one that fits no leaf which is known, nor one of another rank."""
+    *_, own, leaf = ["", *name.split("/")]
+    numbered = "/".join("*" if part.isdigit() else part for part in name.split("/"))
+    for pattern in (f"**/{own}/{leaf}", numbered):
+        fits = [other for other in shapes if matches(pattern, other)]
+        if all(n in unknown and len(shapes[n]) == len(shapes[name]) for n in fits) and own:
+            return pattern
+    return name
+
+
+def _example(name: str, shape: Shape) -> str:
+    leaf = name.rpartition("/")[2]
+    *inputs, last = range(len(shape))
     if leaf in ("bias", "b", "scale", "offset"):
         return '"vector"'
     if leaf.startswith("pos") or "embed" in leaf:
         return '"embedding"'
-    return f"Kernel(inputs=0, outputs={tuple(range(1, ndim)) if ndim > 2 else 1})"
+    if "conv" in name.lower():
+        blocks = f", blocks={shape[last]}" if _is_depthwise(name, shape) else ""
+        return f"Kernel(inputs={tuple(inputs)}, outputs={last}{blocks})"
+    outputs = tuple(range(1, last + 1)) if last > 1 else last
+    return f"Kernel(inputs=0, outputs={outputs})"
 
 
 def _stacks(unknown: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, int]:
