@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from optax_unitscale.conventions import kind_by_name
@@ -19,7 +18,7 @@ from optax_unitscale.overrides import (
     override_of,
     stacked_axes,
 )
-from optax_unitscale.paths import Path, flatten, some
+from optax_unitscale.paths import Path, flatten, places, some
 from optax_unitscale.unknown import explain
 
 __all__ = ["Kernel", "Layer", "Layers", "layers_in", "layers_of"]
@@ -205,9 +204,8 @@ def _find(
     parameters, modules_around = open_model(model)
     leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
-    # Also those that None or optax.MaskedNode stands for.
-    places = [path.name for path, _ in flatten(parameters, lambda x: not jax.tree.leaves(x))]
-    check_patterns(caller, "overrides", overrides, places)
+    if overrides:
+        check_patterns(caller, "overrides", overrides, places(parameters))
     stacks = stacked_axes(caller, stacked, shapes)
     single = {name: _without(shape, stacks[name]) for name, shape in shapes.items()}
     modules = {path.name: modules_around(path) for path, _ in leaves}

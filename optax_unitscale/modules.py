@@ -49,16 +49,26 @@ def _along_graph(modules: dict[tuple[Any, ...], Any], path: Path) -> list[Any]:
 
 
 def _along_tree(tree: Any, path: Path) -> list[Any]:
-    nodes = [tree] if path.keys else []
+    if not path.keys or "equinox" not in sys.modules:
+        return []
+    nodes = [tree]
     for key in path.keys[:-1]:
-        match key:
-            case GetAttrKey(name=name):
-                nodes.append(getattr(nodes[-1], name, None))
-            case SequenceKey(idx=key) | DictKey(key=key):
-                nodes.append(nodes[-1][key])
-            case _:
-                nodes.append(None)
+        try:
+            nodes.append(_child(nodes[-1], key))
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return []  # A container that says nothing of how to find what is in it.
     return nodes
+
+
+def _child(node: Any, key: Any) -> Any:
+    match key:
+        case GetAttrKey(name=name):
+            return getattr(node, name)
+        case SequenceKey(idx=index):
+            return node[index]
+        case DictKey(key=name):
+            return node[name]
+    raise KeyError(key)
 
 
 def is_equinox(modules: list[Any]) -> bool:
