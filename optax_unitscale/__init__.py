@@ -1,7 +1,7 @@
 """Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
 
 from optax_unitscale.history import norm_ratios
-from optax_unitscale.observe import gradient_norms
+from optax_unitscale.observe import gradient_norms, record_norms, recorded_norms
 from optax_unitscale.plot import norms_table, plot_norms
 from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
@@ -11,6 +11,8 @@ __all__ = [
     "norm_ratios",
     "norms_table",
     "plot_norms",
+    "record_norms",
+    "recorded_norms",
     "scale_by_shape",
     "unit_scale",
 ]
