@@ -1,7 +1,6 @@
 """What is worth logging: `gradient_norms`, `record_norms`, and `step_ratios`."""
 
 import collections
-import dataclasses
 import functools
 import math
 from typing import Any, Literal, NamedTuple
@@ -32,7 +31,7 @@ def gradient_norms(
     updates: Any,
     norm: Literal["l2", "rms", "l1", "linf"] | str = "l2",
     *,
-    scope: Literal["leaf", "global"] | Any = "leaf",
+    scope: Literal["leaf", "layer", "global"] | Any = "leaf",
     axis: Any = None,
     axis_name: Any = None,
 ) -> dict[str, jax.Array]:
@@ -77,13 +76,13 @@ def gradient_norms(
     plan = make_plan("gradient_norms", norm, scope, axis, axis_name)
     leaves, groups = assign(plan, updates)
     _layout(plan.caller, leaves, groups)
-    return _norms(leaves, plan.norm, tuple(groups))
+    return _norms(leaves, norm=plan.norm, groups=groups)
 
 
 def record_norms(
     norm: Literal["l2", "rms", "l1", "linf"] | str = "l2",
     *,
-    scope: Literal["leaf", "global"] | Any = "leaf",
+    scope: Literal["leaf", "layer", "global"] | Any = "leaf",
     axis: Any = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -148,7 +147,8 @@ def record_norms(
                 "the parameters that init saw. Pass the same tree; where some of its leaves have "
                 "no gradient, pass params to update too."
             )
-        return updates, RecordNormsState(_vector(leaves, plan.norm, tuple(groups), layout))
+        norms = _vector(leaves, norm=plan.norm, groups=groups, layout=layout)
+        return updates, RecordNormsState(norms)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -157,7 +157,7 @@ def recorded_norms(
     opt_state: Any,
     params: Any,
     *,
-    scope: Literal["leaf", "global"] | Any = "leaf",
+    scope: Literal["leaf", "layer", "global"] | Any = "leaf",
     axis: Any = None,
 ) -> dict[str, jax.Array]:
     """The norms that `record_norms` keeps in an optimizer's state, by name.
@@ -233,12 +233,8 @@ def recorded_norms(
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
-def _norms(leaves: list[Any], norm: str, groups: tuple[Group, ...]) -> dict[str, jax.Array]:
-    norms = {}
-    for group in groups:
-        over = tuple(Reduction(m.axes, m.mesh_axes) for m in group.members)
-        norms[group.name] = _rounded([leaves[m.leaf] for m in group.members], norm=norm, over=over)
-    return norms
+def _norms(leaves: list[Any], *, norm: str, groups: tuple[Group, ...]) -> dict[str, jax.Array]:
+    return {g.name: _rounded([leaves[i] for i in g.leaves], norm=norm, over=g.over) for g in groups}
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "over"))
@@ -250,7 +246,7 @@ def _rounded(leaves: list[jax.Array], *, norm: str, over: tuple[Reduction, ...])
 
 @functools.partial(jax.jit, static_argnames=("norm", "groups", "layout"), inline=True)
 def _vector(leaves: list[Any], norm: str, groups: tuple[Group, ...], layout: Layout) -> jax.Array:
-    norms = _norms(leaves, norm, groups)
+    norms = _norms(leaves, norm=norm, groups=groups)
     pieces = [
         _on_all(norms[name]).ravel() if name in norms else jnp.full(math.prod(shape), jnp.nan)
         for name, shape in layout
@@ -274,27 +270,26 @@ def _slice(norms: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _layout_of(plan: Plan, params: Any) -> Layout:
-    """As of gradients; those of integers are None or hold nothing."""
+    """That of the parameters' gradients, which for integers are None or hold nothing."""
     params = jax.tree.map(
         lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, params
     )
-    # init is called outside of jax.shard_map too.
-    return _layout(plan.caller, *assign(dataclasses.replace(plan, axis_name=None), params))
+    # optax.tree.map_params calls init with a tree without leaves, which scope and axis do not fit.
+    return _layout(plan.caller, *assign(plan, params)) if jax.tree.leaves(params) else ()
 
 
-def _layout(caller: str, leaves: list[Any], groups: list[Group]) -> Layout:
+def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout:
     counts = collections.Counter(group.name for group in groups)
     if len(counts) < len(groups):
         raise ValueError(
             f"{caller}: several groups are named "
             f"{some(name for name, count in counts.items() if count > 1)}. Rename a key or a label."
         )
-    layout = []
-    for group in groups:
-        leaf, axes, _ = group.members[0]
-        kept = tuple(n for axis, n in enumerate(leaves[leaf].shape) if axis not in axes)
-        layout.append((group.name, kept))
-    return tuple(layout)
+    firsts = [(g.name, leaves[g.leaves[0]].shape, g.over[0].axes) for g in groups]
+    return tuple(
+        (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
+        for name, shape, reduced in firsts
+    )
 
 
 def _length(layout: Layout) -> int:

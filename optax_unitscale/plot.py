@@ -190,8 +190,8 @@ def plot_norms(
     extent = (0.5, wide * norms.shape[1] + 0.5, len(names) - 0.5, -0.5)
     layout: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
     positive = np.ma.masked_where(~((norms > 0) & np.isfinite(norms)), norms)
-    # Matplotlib takes limits below 1e-287 for one and the same.
-    seen = positive.compressed().clip(1e-280, 1e280)
+    # Near the ends of float64 Matplotlib has no limits and no ticks.
+    seen = positive.compressed().clip(1e-200, 1e200)
     low = np.quantile(seen, 0.005, method="lower") if seen.size else 1.0
     high = np.quantile(seen, 0.995, method="higher") if seen.size else 1.0
     # A decade at least, or the slightest noise would show all colours.
