@@ -5,6 +5,7 @@ from optax_unitscale.groups import stacked
 from optax_unitscale.history import norm_ratios
 from optax_unitscale.observe import gradient_norms, record_norms, recorded_norms
 from optax_unitscale.plot import norms_table, plot_norms
+from optax_unitscale.ratios import step_ratios
 from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
@@ -18,6 +19,7 @@ __all__ = [
     "recorded_norms",
     "scale_by_shape",
     "stacked",
+    "step_ratios",
     "unit_scale",
 ]
 __version__ = "0.1.0"

@@ -118,8 +118,8 @@ def _floats(caller: str, name: str, value: Any) -> np.ndarray:
         return np.asarray(value, np.float64)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{caller}: the norm of {name!r} has type {type(value).__name__}, expected a number or an "
-            "array. Flatten dicts of dicts to names such as 'blocks/0/kernel'."
+            f"{caller}: the norm of {name!r} has type {type(value).__name__}, expected a number or "
+            "an array. Flatten dicts of dicts to names such as 'blocks/0/kernel'."
         ) from None
 
 

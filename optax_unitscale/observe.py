@@ -1,4 +1,4 @@
-"""What is worth logging: `gradient_norms`, `record_norms`, and `step_ratios`."""
+"""The norms that are worth logging: `gradient_norms` and `record_norms`."""
 
 import collections
 import functools
@@ -15,7 +15,7 @@ from optax_unitscale.groups import Group, Plan, assign, make_plan
 from optax_unitscale.norms import Reduction, norm_of
 from optax_unitscale.paths import some
 
-__all__ = ["RecordNormsState", "gradient_norms", "record_norms", "recorded_norms"]
+__all__ = ["RecordNormsState", "check_names", "gradient_norms", "record_norms", "recorded_norms"]
 
 # The names of groups with the shapes of the axes that they keep: what a vector of norms holds.
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -75,7 +75,7 @@ def gradient_norms(
     """
     plan = make_plan("gradient_norms", norm, scope, axis, axis_name)
     leaves, groups = assign(plan, updates)
-    _layout(plan.caller, leaves, groups)
+    check_names(plan.caller, groups)
     return _norms(leaves, norm=plan.norm, groups=groups)
 
 
@@ -279,12 +279,7 @@ def _layout_of(plan: Plan, params: Any) -> Layout:
 
 
 def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout:
-    counts = collections.Counter(group.name for group in groups)
-    if len(counts) < len(groups):
-        raise ValueError(
-            f"{caller}: several groups are named "
-            f"{some(name for name, count in counts.items() if count > 1)}. Rename a key or a label."
-        )
+    check_names(caller, groups)
     firsts = [(g.name, leaves[g.leaves[0]].shape, g.over[0].axes) for g in groups]
     return tuple(
         (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
@@ -294,3 +289,13 @@ def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout
 
 def _length(layout: Layout) -> int:
     return sum(math.prod(shape) for _, shape in layout)
+
+
+def check_names(caller: str, groups: tuple[Group, ...]) -> None:
+    """Refuses groups that have the same name, of which a dict would hold one."""
+    counts = collections.Counter(group.name for group in groups)
+    if len(counts) < len(groups):
+        raise ValueError(
+            f"{caller}: several groups are named "
+            f"{some(name for name, count in counts.items() if count > 1)}. Rename a key or a label."
+        )
