@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Group, Plan, assign, make_plan
 from optax_unitscale.norms import Reduction, norm_of
@@ -40,14 +40,14 @@ def gradient_norms(
     Args:
       updates: the gradient pytree.
       norm: "l2", "rms", "l1" or "linf", as in `unit_scale`.
-      scope: "leaf", "global" or labels, as in `unit_scale`.
+      scope: "leaf", "layer", "global" or labels, as in `unit_scale`.
       axis: the axes that the norm runs over, as in `unit_scale`.
       axis_name: mesh axes inside `jax.shard_map` or `jax.pmap`, as in `unit_scale`.
 
     Returns:
       A dict of float32 arrays. Its keys are the leaves' paths ("blocks/0/attn/kernel"; "updates"
-      where the tree is one array), "global", or the labels. An array has the shape of the kept
-      axes: () unless `axis` is given. Leaves without elements have no entry.
+      where the tree is one array), the layers' paths, "global", or the labels. An array has the
+      shape of the kept axes: () unless `axis` is given. Leaves without elements have no entry.
 
     Raises:
       NameError: as `unit_scale`.
@@ -96,7 +96,7 @@ def record_norms(
 
     Args:
       norm: "l2", "rms", "l1" or "linf", as in `unit_scale`.
-      scope: "leaf", "global" or labels, as in `unit_scale`.
+      scope: "leaf", "layer", "global" or labels, as in `unit_scale`.
       axis: the axes that the norm runs over, as in `unit_scale`.
       axis_name: mesh axes inside `jax.shard_map` or `jax.pmap`, as in `unit_scale`. There an axis
         that is kept must not be split.
@@ -189,7 +189,7 @@ def recorded_norms(
       or `add_histogram` and `np.asarray` where `axis` keeps axes; in Weights & Biases ::
 
         norms = recorded_norms(opt_state, params)
-        wandb.log({f"grad_norms/{name}": float(norm) for name, norm in norms.items()}, step)
+        wandb.log({f"grad_norms/{name}": float(norm) for name, norm in norms.items()}, step=step)
 
       With two in one chain, before and after clipping, pass the part of the state that holds one.
 
@@ -201,29 +201,29 @@ def recorded_norms(
       >>> [float(recorded_norms(part, params)["kernel"]) for part in (state[0], state[2])]
       [6.0, 2.0]
     """
-    is_state = lambda x: isinstance(x, RecordNormsState)  # noqa: E731
-    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
-    found = [(path, x) for path, x in flat if is_state(x)]
-    if len(found) != 1:
-        where = [f"opt_state{jax.tree_util.keystr(path)}" for path, _ in found]
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_state)
+    states = {f"opt_state{jax.tree_util.keystr(path)}": x for path, x in flat if _is_state(x)}
+    if not states:
         raise ValueError(
-            f"recorded_norms: opt_state holds {len(found)} states of record_norms"
-            f"{f', at {some(where)}' if found else ''}, expected one. "
-            + (
-                f"Pass the part that holds the one you mean, such as {where[0]}."
-                if found
-                else "Put record_norms() into the optax.chain, and pass the state that it returns."
-            )
+            "recorded_norms: opt_state holds no state of record_norms, expected one. Put "
+            "record_norms() into the optax.chain, and pass the state that its update returned."
         )
+    if len(states) > 1:
+        raise ValueError(
+            f"recorded_norms: opt_state holds several states of record_norms, {some(states)}, "
+            f"expected one. Pass the part that you mean, such as {next(iter(states))}."
+        )
+    (state,) = states.values()
     # NNX holds an array in a variable.
-    (norms,) = jax.tree.leaves(found[0][1])
+    (norms,) = jax.tree.leaves(state)
     layout = _layout_of(make_plan("recorded_norms", "l2", scope, axis, None), params)
     if norms.shape[-1] != _length(layout):
         raise ValueError(
             f"recorded_norms: opt_state holds {norms.shape[-1]} norms, expected {_length(layout)} "
             f"of {some(name for name, _ in layout)}. Pass the scope and axis that record_norms "
-            "got, and the params that init saw: without what optax.masked hides from it, and in "
-            "Flax NNX nnx.state(model, nnx.Param)."
+            "got, and the params that init saw; in Flax NNX they are nnx.state(model, nnx.Param). "
+            "Inside optax.masked or optax.partition record_norms sees a part of them only: put it "
+            "before."
         )
     named, start = {}, 0
     for name, shape in layout:
@@ -255,11 +255,11 @@ def _vector(leaves: list[Any], norm: str, groups: tuple[Group, ...], layout: Lay
 
 
 def _on_all(norms: jax.Array) -> jax.Array:
-    """Norms of slices on all devices, for JAX concatenates nothing that explicit axes split."""
-    sharding = jax.typeof(norms).sharding
-    if any(names is not None for names in sharding.spec):
-        return jax.sharding.reshard(norms, NamedSharding(sharding.mesh, PartitionSpec()))
-    return norms
+    """The same norms on all devices, for JAX concatenates nothing that explicit axes split."""
+    mesh = jax.typeof(norms).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return norms
+    return jax.sharding.reshard(norms, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)
@@ -267,6 +267,10 @@ def _slice(norms: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
     """One program for all slices of a shape: one for each place is slow to compile."""
     piece = lax.dynamic_slice_in_dim(norms, start, math.prod(shape), norms.ndim - 1)
     return piece.reshape(*norms.shape[:-1], *shape)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, RecordNormsState)
 
 
 def _layout_of(plan: Plan, params: Any) -> Layout:
