@@ -1,4 +1,4 @@
-"""The contenders: each an Optax transformation made from a learning rate or its schedule.
+"""The contenders: each an Optax transformation made from a learning rate and a model's layers.
 
 All that are SGD at heart have the same momentum; the others keep Optax's defaults.
 """
@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import layers
-from optax_unitscale import gradient_norms, scale_by_shape, unit_scale
+from optax.contrib import MuonDimensionNumbers
+
+from optax_unitscale import record_norms, scale_by_shape, unit_scale
 
 __all__ = [
     "COMPARED",
@@ -226,7 +227,7 @@ def make(
 ) -> optax.GradientTransformation:
     """A contender under the schedule that all share: linear warm-up, then cosine to zero.
 
-    Its state also holds the norms of the gradient that came in, as `grad_norms`.
+    Its state also holds the norms of the gradient that came in, for `recorded_norms`.
 
     Args:
       name: a key of `CONTENDERS`.
@@ -245,7 +246,7 @@ def make(
         return jnp.asarray(learning_rate * shape(jnp.asarray(count, jnp.float32)))
 
     optimizer = CONTENDERS[name].make(schedule)
-    return optax.chain(optax.snapshot("grad_norms", gradient_norms), optimizer)
+    return optax.chain(record_norms(), optimizer)
 
 
 def is_ours(name: str) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -18,6 +17,7 @@ from benchmarks import machine, optimizers
 from benchmarks.runs import Entry, Log
 from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
+from optax_unitscale import recorded_norms
 
 __all__ = ["Config", "describe", "train"]
 
@@ -135,9 +135,8 @@ def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[...
         model, optimizer = nnx.merge(graph, state)
         loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
         optimizer.update(model, gradients)
-        norms = optax.tree.get(optimizer.opt_state, "grad_norms")
-        values = {name: norm[...] for name, norm in norms.items()}
-        return nnx.state((model, optimizer)), loss, values
+        norms = recorded_norms(optimizer.opt_state, nnx.state(model, nnx.Param))
+        return nnx.state((model, optimizer)), loss, norms
 
     return step
 
