@@ -1,5 +1,7 @@
 """Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
 
+from optax_unitscale.clip import clip_norm
+from optax_unitscale.groups import stacked
 from optax_unitscale.history import norm_ratios
 from optax_unitscale.observe import gradient_norms
 from optax_unitscale.plot import norms_table, plot_norms
@@ -7,11 +9,13 @@ from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
 __all__ = [
+    "clip_norm",
     "gradient_norms",
     "norm_ratios",
     "norms_table",
     "plot_norms",
     "scale_by_shape",
+    "stacked",
     "unit_scale",
 ]
 __version__ = "0.1.0"

@@ -1,11 +1,12 @@
-"""The norm that some leaves share, exact wherever in the dtype's range their elements are.
+"""The norm that some leaves share, and the division by it, exact over the whole range of a dtype.
 
-A float32 sum of squares holds norms from 2**-51 to 2**60. Outside, it is taken of the elements times
-a power of two. Three ways lead to the same number:
+A float32 sum of squares holds norms from about 2**-51 to 2**60. Outside that range the sum is taken
+of the elements times a power of two. There are three ways to the same number:
 
-- one pass at three scales (Blue 1978) on GPU and TPU, where a pass waits for memory;
-- one pass, and a second where the first left the range, on CPU, where a pass waits for arithmetic;
-- float64, which holds all these squares, for small leaves on CPU and for columns on GPU.
+- On GPU and TPU, one pass takes the sum at three scales (Blue 1978): the pass waits for memory.
+- On CPU, one pass takes the plain sum, and a second pass runs only if the first left the range.
+- float64 holds every square of a narrower dtype. Small leaves on CPU take this way, where it is
+  faster than a branch, and so do sums down the columns of a leaf on GPU.
 """
 
 import functools
@@ -22,21 +23,21 @@ __all__ = ["Norm", "Reduction", "divide", "norm_of"]
 
 
 class Reduction(NamedTuple):
-    """What a norm runs over: axes of the leaf, and mesh axes, or None where JAX is to be asked."""
+    """What a norm runs over: axes of a leaf, and mesh axes, or None to ask JAX for these."""
 
     axes: tuple[int, ...]
     mesh_axes: tuple[Hashable, ...] | None
 
 
 class Norm(NamedTuple):
-    """A norm, held as `value / root**2`; `root` is a power of two, 1 unless tiny or huge."""
+    """The norm `value / root**2`: `root` is a power of two, and 1 unless the norm is extreme."""
 
     value: jax.Array
     root: jax.Array
 
 
 class _Range(NamedTuple):
-    """Norms from sqrt(n) * low to high are summed as they are, others at a scale of root**2."""
+    """Norms of n elements from sqrt(n) * low to high need no scale; root `up` or `down` else."""
 
     low: float
     high: float
@@ -48,34 +49,37 @@ _RANGES = {
     np.dtype(np.float32): _Range(2.0**-51, 2.0**60, 2.0**40, 2.0**-50),
     np.dtype(np.float64): _Range(2.0**-484, 2.0**508, 2.0**300, 2.0**-300),
 }
-# Leaves of fewer elements are summed in float64 on CPU, where a branch costs more.
+# Leaves with fewer elements are summed in float64 on CPU.
 SMALL = 4096
 
 
 def norm_of(kind: str, over: tuple[Reduction, ...], leaves: Sequence[jax.Array]) -> Norm:
-    """The norm of some leaves together, for each index of the axes that they keep.
+    """The norm of some leaves together, one for each index of the axes that they keep.
 
     Its derivative is that of the norm, and 0 where the norm is 0.
     """
     norm = _norm("l2" if kind == "rms" else kind, over, list(leaves))
     if kind == "rms":
-        n = jnp.asarray(_count(over, leaves), norm.value.dtype)
-        return norm._replace(value=norm.value / jnp.sqrt(n))
+        count = jnp.asarray(_count(over, leaves), norm.value.dtype)
+        return norm._replace(value=norm.value / jnp.sqrt(count))
     return norm
 
 
-def divide(x: jax.Array, norm: Norm, axes: tuple[int, ...]) -> jax.Array:
-    """A leaf over its norm, rounded once to the leaf's dtype; 0 over 0 is 0."""
+def divide(
+    x: jax.Array, norm: Norm, axes: tuple[int, ...], times: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """A leaf over its norm and `times` a scalar, rounded once to the leaf's dtype; 0 / 0 is 0."""
     value, root = (lax.expand_dims(y, axes) for y in norm)
-    quotients = [_over(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
-    return _complex_of(quotients).astype(x.dtype)
+    factor = jnp.asarray(times).astype(value.dtype)
+    parts = [_over(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
+    return _complex_of([part * factor for part in parts]).astype(x.dtype)
 
 
 @jax.custom_jvp
 def _over(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
     is_zero = value == 0
     safe = jnp.where(is_zero, jnp.ones_like(value), value)
-    if x.size == value.size:  # A number over its own magnitude is exactly 1.
+    if x.size == value.size:  # Each number is over its own magnitude, which is to give 1 exactly.
         return jnp.where(is_zero, 0 * x, x * root / _opaque(safe / root))
     return x * root * jnp.where(is_zero, 0 * safe, root / safe)
 
@@ -83,7 +87,7 @@ def _over(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
 @_over.defjvp
 def _(primals, tangents):
     (x, value, root), (dx, dvalue, _) = primals, tangents
-    # d(x/v) = dx/v - x/v * dv/v; in this order nothing leaves the range that the result is in.
+    # d(x/v) = dx/v - x/v * dv/v. In this order nothing overflows if the result does not.
     quotient, ratio = _over(x, value, root), _over(dvalue, value, jnp.ones_like(root))
     return quotient, _over(dx, value, root) - quotient * ratio
 
@@ -104,63 +108,94 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
 
 def _at_three_scales(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
     safe = _RANGES[_accumulator(leaves)]
-    plain, up, down = (_size(kind, over, leaves, root) for root in (1.0, safe.up, safe.down))
+    plain, up, down = (_scaled_norm(kind, over, leaves, r) for r in (1.0, safe.up, safe.down))
     root = _root(plain, _count(over, leaves), safe)
     return Norm(jnp.where(root > 1, up, jnp.where(root < 1, down, plain)), root)
 
 
 def _with_branch(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
-    plain = _size(kind, over, leaves, None)
+    plain = _scaled_norm(kind, over, leaves, None)
     root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
-    again = functools.partial(_size, kind, over, leaves, root)
+    again = functools.partial(_scaled_norm, kind, over, leaves, root)
     return Norm(lax.cond(jnp.all(root == 1), lambda: plain, again), root)
 
 
 def _in_float64(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
     with jax.enable_x64(True):
-        size = _size(kind, over, leaves, None, np.dtype(np.float64))
-        root = _root(size, _count(over, leaves), _RANGES[np.dtype(np.float32)])
-        return Norm((size * root * root).astype(np.float32), root.astype(np.float32))
+        norm = _scaled_norm(kind, over, leaves, None, np.dtype(np.float64))
+        root = _root(norm, _count(over, leaves), _RANGES[np.dtype(np.float32)])
+        return Norm((norm * root * root).astype(np.float32), root.astype(np.float32))
 
 
-def _root(size: jax.Array, n: Any, safe: _Range) -> jax.Array:
-    """The root of the scale that a norm needs, which at scale 1 is `size` or out of range."""
-    low = jnp.sqrt(jnp.asarray(n * safe.low**2, size.dtype))
-    # NaN is in no range, and stays NaN at any scale.
-    root = jnp.where(size <= safe.high, 1.0, safe.down)
-    return jnp.where(size < low, safe.up, root).astype(size.dtype)
+def _root(plain: jax.Array, count: Any, safe: _Range) -> jax.Array:
+    """The root of the scale that a norm needs, from the plain norm, in or out of range."""
+    low = jnp.sqrt(jnp.asarray(count * safe.low**2, plain.dtype))
+    # NaN is not within the range either, and stays NaN at any scale.
+    root = jnp.where(plain <= safe.high, 1.0, safe.down)
+    return jnp.where(plain < low, safe.up, root).astype(plain.dtype)
 
 
-def _size(kind, over, leaves, root, dtype=None) -> jax.Array:
-    """The norm times root**2, by plain sums; where they leave the range, so does it."""
+def _scaled_norm(
+    kind: str,
+    over: tuple[Reduction, ...],
+    leaves: list[jax.Array],
+    root: jax.Array | float | None,
+    dtype: np.dtype | None = None,
+) -> jax.Array:
+    """The norm times root**2, by plain sums: where these overflow or vanish, so does it."""
     dtype = dtype or _accumulator(leaves)
-    sums = [_sum(kind, x, r.axes, dtype, root) for x, r in zip(leaves, over, strict=True)]
     across, within = (lax.pmax, jnp.max) if kind == "linf" else (lax.psum, jnp.sum)
-    mesh_axes = [_mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
-    sums = [across(s, axes) if axes else s for s, axes in zip(sums, mesh_axes, strict=True)]
-    # Behind a barrier: thousands of leaves would otherwise be slow to compile.
+    sums = []
+    for x, r in zip(leaves, over, strict=True):
+        at = _at_constant if isinstance(root, float) else _at_array
+        total = at(kind, x, r.axes, dtype, root)
+        mesh_axes = _mesh_axes(x, r)
+        sums.append(across(total, mesh_axes) if mesh_axes else total)
+    # Without the barrier thousands of leaves are slow to compile.
     total = within(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
+    if kind == "linf":
+        return lax.bitcast_convert_type(total, dtype)
     return jnp.sqrt(total) if kind == "l2" else total
 
 
-def _sum(kind: str, leaf: jax.Array, axes: tuple[int, ...], dtype: Any, root: Any) -> jax.Array:
-    """The sum of squares or magnitudes of a leaf times root**2, or the largest; None stands for 1."""
-    if isinstance(root, float):
-        scale = np.asarray(root**2, dtype)
-        parts = [_opaque(_opaque(part) * scale) for part in _real_parts(leaf, dtype)]
-    else:  # On CPU a barrier does, where XLA's library of sums takes nothing `_opaque`.
-        x, root = lax.optimization_barrier((leaf, root))
-        parts = _real_parts(x, dtype)
-        if root is not None:
-            parts = [_times(part, root, axes) for part in parts]
+@functools.partial(jax.jit, static_argnames=("kind", "axes", "dtype", "root"))
+def _at_constant(
+    kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: float
+) -> jax.Array:
+    """The sum over one leaf times a known power of two."""
+    scale = np.asarray(root**2, dtype)
+    parts = [_opaque(_opaque(part) * scale) for part in _real_parts(x, dtype)]
+    return _sum(kind, parts, axes)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "axes", "dtype"))
+def _at_array(
+    kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: jax.Array | None
+) -> jax.Array:
+    """The sum over one leaf as it is, or times an array of powers of two."""
+    # The barrier does what `_opaque` does. XLA:CPU's fast sums take no operand of the latter.
+    x, root = lax.optimization_barrier((x, root))
+    parts = _real_parts(x, dtype)
+    if root is not None:
+        parts = [_times(part, root, axes) for part in parts]
+    return _sum(kind, parts, axes)
+
+
+def _sum(kind: str, parts: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     if kind == "l2":
         return jnp.sum(functools.reduce(lax.add, [part * part for part in parts]), axes)
     magnitude = jnp.abs(_complex_of(parts))
     if kind == "l1":
         return jnp.sum(magnitude, axes)
-    # A maximum can lose NaN, on CPU and between devices, but no infinity, which is NaN in the end.
-    is_nan = jnp.isnan(_sum("l2", leaf, axes, dtype, root))
-    return jnp.where(is_nan, jnp.inf, jnp.max(magnitude, axes))
+    # A maximum can lose NaN, on CPU and between devices. As integers magnitudes have the same
+    # order, with NaN above infinity (IEEE 754).
+    return jnp.max(_bits(magnitude), axes)
+
+
+def _bits(magnitude: jax.Array) -> jax.Array:
+    dtype = np.dtype(f"int{8 * magnitude.dtype.itemsize}")
+    # Without the sign bit, which NaN may have.
+    return lax.bitcast_convert_type(magnitude, dtype) & np.iinfo(dtype).max
 
 
 @_norm.defjvp
@@ -168,27 +203,29 @@ def _(kind, over, primals, tangents):
     (leaves,), (slopes,) = primals, tangents
     norm = _norm(kind, over, leaves)
     dtype = norm.value.dtype
-    sums, ties = [], []
+
+    def total(values: list[jax.Array]) -> jax.Array:
+        axes = [_mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
+        pairs = zip(values, axes, strict=True)
+        sums = [lax.psum(value, names) if names else value for value, names in pairs]
+        return functools.reduce(lax.add, sums)
+
+    products, ties = [], []
     for x, dx, r in zip(leaves, slopes, over, strict=True):
         x, dx = (_complex_of(_real_parts(y, dtype)) for y in (x, dx))
-        # The derivative is the inner product of the tangent with this.
+        # The derivative along dx is the inner product of dx with this.
         dual = divide(x, norm, r.axes) if kind == "l2" else _sign(x)
         if kind == "linf":
             magnitude = jnp.abs(_times(x, norm.root, r.axes))
-            # That of a complex number may have been rounded otherwise.
+            # The magnitude of a complex number may have been rounded differently.
             least = norm.value * (1 - 4 * jnp.finfo(dtype).eps * jnp.iscomplexobj(x))
-            hit = magnitude >= lax.expand_dims(least.astype(dtype), r.axes)
-            dual = dual * hit.astype(dual.dtype)
-            ties.append(jnp.sum(hit.astype(dtype), r.axes))
+            is_largest = magnitude >= lax.expand_dims(least.astype(dtype), r.axes)
+            dual = dual * is_largest.astype(dual.dtype)
+            ties.append(jnp.sum(is_largest.astype(dtype), r.axes))
         pairs = zip(_real_parts(dual, dtype), _real_parts(dx, dtype), strict=True)
-        products = [d * _times(t, norm.root, r.axes) for d, t in pairs]
-        sums.append(jnp.sum(functools.reduce(lax.add, products), r.axes))
-
-    def together(values: list[jax.Array]) -> jax.Array:
-        pairs = [(v, _mesh_axes(x, r)) for v, x, r in zip(values, leaves, over, strict=True)]
-        return sum(lax.psum(v, axes) if axes else v for v, axes in pairs)
-
-    slope = together(sums) / together(ties) if ties else together(sums)
+        terms = [d * _times(t, norm.root, r.axes) for d, t in pairs]
+        products.append(jnp.sum(functools.reduce(lax.add, terms), r.axes))
+    slope = total(products) / total(ties) if ties else total(products)
     return norm, Norm(slope, jnp.zeros_like(norm.root))
 
 
@@ -198,10 +235,10 @@ def _times(x: jax.Array, root: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _opaque(x: jax.Array) -> jax.Array:
-    """Rounds to more bits than there are, which XLA does not look through.
+    """Rounds to more bits than there are, through which XLA does not look.
 
-    Else it would take x = c * y apart, and square c, or multiply it with a scale, by itself: that
-    can leave the range where x does not.
+    XLA may rewrite products of constants: (c * y)**2 becomes c**2 * y**2, and c**2 can overflow
+    where c * y does not.
     """
     info = jnp.finfo(x.dtype)
     if info.bits > 32:  # XLA:TPU cannot round float64.
@@ -210,13 +247,13 @@ def _opaque(x: jax.Array) -> jax.Array:
 
 
 def _sign(x: jax.Array) -> jax.Array:
-    """Each element over its magnitude, which of a complex number can be out of its parts' range."""
-    x = x * np.asarray(0.25, x.dtype)
+    """Each element over its magnitude."""
+    x = x * np.asarray(0.25, x.dtype)  # The magnitude of a complex number can overflow.
     return divide(x, Norm(jnp.abs(x), jnp.ones_like(jnp.abs(x))), ())
 
 
 def _mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
-    """Those that a leaf is split over; JAX knows in `jax.shard_map` with `check_vma=True`."""
+    """The mesh axes that a leaf is split over, which JAX knows in `shard_map(check_vma=True)`."""
     if over.mesh_axes is not None:
         return over.mesh_axes
     aval = jax.typeof(x)
@@ -225,7 +262,7 @@ def _mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
 
 
 def _count(over: tuple[Reduction, ...], leaves: Sequence[jax.Array]) -> Any:
-    """How many elements share each norm, on all devices; symbolic where jax.export leaves it open."""
+    """How many elements share a norm, on all devices; symbolic if jax.export leaves it open."""
     counts = []
     for x, r in zip(leaves, over, strict=True):
         devices = math.prod(lax.axis_size(name) for name in _mesh_axes(x, r))
@@ -234,6 +271,7 @@ def _count(over: tuple[Reduction, ...], leaves: Sequence[jax.Array]) -> Any:
 
 
 def _accumulator(leaves: Sequence[jax.Array]) -> np.dtype:
+    """The dtype that sums are taken in."""
     is_double = any(jnp.finfo(x.dtype).dtype == np.float64 for x in leaves)
     return np.dtype(np.float64 if is_double else np.float32)
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from optax_unitscale.groups import Plan, assign, make_plan
-from optax_unitscale.norms import Reduction, norm_of
+from optax_unitscale.groups import Group, assign, make_plan
+from optax_unitscale.norms import norm_of
 from optax_unitscale.paths import some
 
 __all__ = ["gradient_norms"]
@@ -73,21 +73,21 @@ def gradient_norms(
       The request to see gradient norms before they are clipped,
       https://github.com/google-deepmind/optax/issues/326.
     """
-    return _norms(updates, plan=make_plan("gradient_norms", norm, scope, axis, axis_name))
-
-
-@functools.partial(jax.jit, static_argnames="plan", inline=True)
-def _norms(updates: Any, plan: Plan) -> dict[str, jax.Array]:
+    plan = make_plan("gradient_norms", norm, scope, axis, axis_name)
     leaves, groups = assign(plan, updates)
-    named = {}
-    for group in groups:
-        over = tuple(Reduction(m.axes, m.mesh_axes) for m in group.members)
-        norm = norm_of(plan.norm, over, [leaves[m.leaf] for m in group.members])
-        named[group.name] = (norm.value / norm.root / norm.root).astype(jnp.float32)
-    if len(named) < len(groups):
-        counts = collections.Counter(group.name for group in groups)
+    counts = collections.Counter(group.name for group in groups)
+    if len(counts) < len(groups):
         raise ValueError(
             "gradient_norms: several groups are named "
             f"{some(name for name, count in counts.items() if count > 1)}. Rename a key or a label."
         )
+    return _norms(leaves, norm=plan.norm, groups=groups)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
+def _norms(leaves: list[Any], *, norm: str, groups: tuple[Group, ...]) -> dict[str, jax.Array]:
+    named = {}
+    for group in groups:
+        value, root = norm_of(norm, group.over, [leaves[i] for i in group.leaves])
+        named[group.name] = (value / root / root).astype(jnp.float32)
     return named

@@ -1,98 +1,155 @@
-"""What leaves are called, and trees that stand for the updates: pytree prefixes, by path."""
+"""What leaves are called, and trees that stand for the updates: looked up by name."""
 
 import collections
-import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, KeyPath, SequenceKey, keystr, tree_flatten_with_path
 
 __all__ = [
     "Path",
     "Prefix",
     "check_dtype",
-    "check_fit",
     "flatten",
     "gradients",
     "is_float0",
+    "is_one_leaf",
     "is_tree",
     "join",
-    "make_prefix",
     "matches",
+    "places",
     "show",
     "some",
 ]
-
 
 MOST_NAMES = 20
 
 
 class Path(NamedTuple):
-    """Where a leaf is, as JAX says it and as people do."""
+    """Where a leaf is.
+
+    `name` is such as "blocks/0/attn/kernel". A key with "/" in it is written as it is, as Haiku's
+    "mlp/~/linear_0/w", and in quotes where another leaf would have the same name: "'a/b'/w".
+    """
 
     keys: KeyPath
     names: tuple[str, ...]
+    name: str
 
     @property
-    def name(self) -> str:
-        """Such as "blocks/attn/kernel"."""
-        return join(self.names)
+    def is_item(self) -> bool:
+        """Whether the leaf is an item of a list or a tuple."""
+        return isinstance(self.keys[-1], SequenceKey)
 
 
-@dataclasses.dataclass(frozen=True)
 class Prefix:
-    """A pytree prefix made hashable: pairs of a leaf's path and its value."""
+    """The values of a pytree prefix of the updates, looked up by the names of leaves.
 
-    entries: tuple[tuple[tuple[str, ...], Any], ...]
+    The prefix may also be flat, with names such as "dense/kernel" for keys.
+    """
 
-    def find(self, path: tuple[str, ...]) -> tuple[bool, Any]:
-        """The value that stands at `path` or above it, and whether there is one."""
-        for start, value in self.entries:
-            if path[: len(start)] == start:
-                return True, value
+    def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
+        self.entries = [(path.names, value) for path, value in flatten(tree, is_leaf)]
+        self._exact = dict(self.entries)
+        self._joined = {join(names): value for names, value in self.entries}
+
+    def map(self, function: Callable[[tuple[str, ...], Any], Any]) -> "Prefix":
+        new = Prefix(())
+        new.entries = [(n, function(n, v)) for n, v in self.entries]
+        new._exact = dict(new.entries)
+        new._joined = {join(n): v for n, v in new.entries}
+        return new
+
+    def find(self, names: tuple[str, ...]) -> tuple[bool, Any]:
+        """The value that stands at a leaf or above it, and whether there is one."""
+        for end in range(len(names), -1, -1):
+            if names[:end] in self._exact:
+                return True, self._exact[names[:end]]
+        for above in _ancestors(join(names)):
+            if above in self._joined:
+                return True, self._joined[above]
         return False, None
 
+    def check_fit(self, caller: str, argument: str, updates: Any) -> None:
+        """An entry that stands for nothing in the updates is most likely misspelt."""
+        found = places(updates)
+        ends, inner = set(found), {above for place in found for above in _ancestors(place)}
+        for names, _ in self.entries:
+            place = join(names)
+            if names and found and place not in inner and ends.isdisjoint(_ancestors(place)):
+                is_list = argument == "axis" and names[-1].isdigit()
+                cure = " The axes of one leaf are an int or a tuple, not a list." * is_list
+                raise ValueError(
+                    f"{caller}: {argument} has an entry at {place!r}, where the updates have "
+                    f"none. They have {some(found)}.{cure}"
+                )
 
-def _is_empty(tree: Any) -> bool:
-    return not jax.tree.leaves(tree)
 
-
-def make_prefix(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Prefix:
-    """The values of a tree that stands for the updates, each at the path where it stands."""
-    return Prefix(tuple((path.names, value) for path, value in flatten(tree, is_leaf)))
+def _ancestors(name: str) -> list[str]:
+    """The name itself and those of the subtrees that it is in."""
+    ends = [match.start() for match in re.finditer("/", name)]
+    return [name, *(name[:end] for end in reversed(ends))]
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths."""
-    # Subtrees without leaves are children too; None inside one may be a leaf.
-    everything, _ = tree_flatten_with_path(
-        tree,
-        is_leaf=lambda x: (is_leaf and is_leaf(x)) or not jax.tree.leaves(x, is_leaf=is_leaf),
-    )
-    children: dict[KeyPath, set[Any]] = collections.defaultdict(set)
-    for keys, _ in everything:
-        for depth, key in enumerate(keys):
-            children[keys[:depth]].add(key)
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(Path(keys, _names(keys, children)), value) for keys, value in flat]
+    siblings = collections.Counter(keys[:-1] for keys, _ in flat)
+    every = []
+    for keys, _ in flat:
+        # NNX variables and Linen's boxes put their one value behind a `.value` no user wrote.
+        is_box = keys[-1:] == (GetAttrKey("value"),) and siblings[keys[:-1]] == 1
+        shown = keys[:-1] if is_box else keys
+        every.append(tuple(keystr((key,), simple=True) for key in shown))
+    counts = collections.Counter(map(join, every))
+    paths = []
+    for (keys, _), names in zip(flat, every, strict=True):
+        name = join(names)
+        if counts[name] > 1:
+            name = join(tuple(repr(part) if "/" in part else part for part in names))
+        paths.append(Path(keys, names, name))
+    return [(path, value) for path, (_, value) in zip(paths, flat, strict=True)]
+
+
+def places(updates: Any) -> list[str]:
+    """The names of leaves, and of subtrees without any: optax.masked hides leaves in such."""
+    return [join(path.names) for path, _ in flatten(updates, lambda x: not jax.tree.leaves(x))]
 
 
 def gradients(updates: Any) -> list[tuple[Path, Any]]:
-    """The leaves as arrays, as `jax.jit` makes them; under `jax.disable_jit` it does not."""
+    """The leaves as arrays, which they need not be outside `jax.jit`."""
     return [
         (path, x if isinstance(x, jax.Array) or is_float0(x) else jnp.asarray(x))
         for path, x in flatten(updates)
     ]
 
 
-def _names(keys: KeyPath, children: Mapping[KeyPath, set[Any]]) -> tuple[str, ...]:
-    # NNX variables and Linen's boxes put their one value behind a `.value` that no user wrote.
-    if keys and keys[-1] == GetAttrKey("value") and len(children[keys[:-1]]) == 1:
-        keys = keys[:-1]
-    return tuple(keystr((key,), simple=True) for key in keys)
+def is_tree(value: Any) -> bool:
+    """Whether a value is to be read as a tree: Equinox's models are trees that can be called."""
+    if not callable(value) or isinstance(value, functools.partial):
+        return not callable(value)
+    return bool(jax.tree.leaves(value)) and not is_one_leaf(value)
+
+
+def is_one_leaf(value: Any) -> bool:
+    """Whether a value is a leaf by itself, not a container."""
+    return jax.tree_util.all_leaves([value])
+
+
+@functools.cache
+def _pattern(glob: str) -> re.Pattern[str]:
+    marks = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?)", glob)
+    return re.compile("".join(marks.get(part, re.escape(part)) for part in parts))
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a leaf's name fits a pattern: `*` is within one name, `**` any number of names."""
+    return _pattern(glob).fullmatch(name) is not None
 
 
 def join(names: tuple[str, ...]) -> str:
@@ -112,22 +169,6 @@ def show(path: Path) -> str:
     return f"updates{keystr(path.keys)}"
 
 
-def check_fit(caller: str, argument: str, prefix: Any, updates: Any) -> None:
-    """An entry of a prefix that stands for nothing in the updates is most likely misspelt."""
-    if not isinstance(prefix, Prefix):
-        return
-    # Subtrees without leaves count: optax.masked puts them where others' leaves were.
-    paths = [path.names for path, _ in flatten(updates, _is_empty)]
-    for start, _ in prefix.entries:
-        if not any(start[: len(p)] == p[: len(start)] for p in paths) and paths:
-            is_list = argument == "axis" and start[-1].isdigit()
-            cure = " The axes of one leaf are an int or a tuple, not a list." if is_list else ""
-            raise ValueError(
-                f"{caller}: {argument} has an entry at {join(start)!r}, where the "
-                f"updates have none. They have {some(map(join, paths))}.{cure}"
-            )
-
-
 def check_dtype(caller: str, path: Path, x: jax.Array) -> None:
     """Refuses what is no gradient, such as an integer leaf."""
     if not is_float0(x) and not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -140,23 +181,3 @@ def check_dtype(caller: str, path: Path, x: jax.Array) -> None:
 def is_float0(x: Any) -> bool:
     """Whether a leaf is the gradient of an integer, which holds nothing."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
-
-
-def is_tree(x: Any) -> bool:
-    """Whether an argument is a tree, as an Equinox module with `__call__` is, and no function."""
-    return not callable(x) or not jax.tree_util.all_leaves([x])
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a glob fits a name: `*` is any part of one name, `**` any number of names."""
-    return _fits(pattern.split("/"), name.split("/"))
-
-
-def _fits(patterns: list[str], names: list[str]) -> bool:
-    if not patterns:
-        return not names
-    first, *others = patterns
-    if first == "**":
-        return any(_fits(others, names[i:]) for i in range(len(names) + 1))
-    glob = ".*".join(map(re.escape, first.split("*")))
-    return bool(names) and bool(re.fullmatch(glob, names[0])) and _fits(others, names[1:])

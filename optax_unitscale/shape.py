@@ -14,11 +14,9 @@ from optax_unitscale.paths import (
     Path,
     Prefix,
     check_dtype,
-    check_fit,
     gradients,
     is_float0,
     join,
-    make_prefix,
     show,
 )
 
@@ -175,7 +173,7 @@ def scale_by_shape(
 def _scale(updates: Any, rule: str, dimension_numbers: Prefix | Callable[..., Any]) -> Any:
     if not isinstance(dimension_numbers, Prefix):
         dimension_numbers = _as_prefix(dimension_numbers(updates))
-    check_fit("scale_by_shape", "dimension_numbers", dimension_numbers, updates)
+    dimension_numbers.check_fit("scale_by_shape", "dimension_numbers", updates)
     scaled = []
     for path, x in gradients(updates):
         check_dtype("scale_by_shape", path, x)
@@ -241,8 +239,8 @@ def _default(path: Path, ndim: int) -> Axes | None:
 
 
 def _as_prefix(tree: Any) -> Prefix:
-    entries = make_prefix(tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers)).entries
-    return Prefix(tuple((names, _as_tuples(names, value)) for names, value in entries))
+    prefix = Prefix(tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    return prefix.map(_as_tuples)
 
 
 def _as_tuples(names: tuple[str, ...], value: Any) -> Axes | None:

@@ -1,15 +1,12 @@
 """`unit_scale`: the Optax transformation that gives every group of gradients unit norm."""
 
-import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from optax_unitscale.groups import Plan, assign, make_plan
+from optax_unitscale.groups import check_scalar, make_plan, map_groups
 from optax_unitscale.norms import Norm, Reduction, divide, norm_of
 
 __all__ = ["unit_scale"]
@@ -101,56 +98,26 @@ def unit_scale(
       Gradient Method" (per tensor), https://arxiv.org/abs/1707.04822.
     """
     plan = make_plan("unit_scale", norm, scope, axis, axis_name)
-    if isinstance(min_norm, int) and not isinstance(min_norm, bool):
-        # NumPy would hold a large one as an object; none beyond float64 is in range.
-        min_norm = float(min_norm) if min_norm.bit_length() < 1024 else np.inf
-    _check_min_norm(min_norm)
-    if not isinstance(min_norm, jax.Array):
-        min_norm = float(np.asarray(min_norm))  # Integers would wrap around at 32 bits.
+    floor = check_scalar("unit_scale", "min_norm", min_norm)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        return _scale(updates, min_norm, plan=plan), state
+        return map_groups(_unit, plan, updates, floor), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-@functools.partial(jax.jit, static_argnames="plan", inline=True)
-def _scale(updates: Any, min_norm: jax.typing.ArrayLike, plan: Plan) -> Any:
-    leaves, groups = assign(plan, updates)
-    for group in groups:
-        indices = [member.leaf for member in group.members]
-        parts = tuple(Reduction(member.axes, member.mesh_axes) for member in group.members)
-        units = _unit([leaves[i] for i in indices], min_norm, norm=plan.norm, parts=parts)
-        for i, unit in zip(indices, units, strict=True):
-            leaves[i] = unit
-    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
-
-
-@functools.partial(jax.jit, static_argnames=("norm", "parts"))
 def _unit(
-    leaves: list[jax.Array], min_norm: jax.typing.ArrayLike, *, norm: str, parts: tuple[Reduction, ...]
+    leaves: list[jax.Array],
+    min_norm: jax.typing.ArrayLike,
+    norm: str,
+    over: tuple[Reduction, ...],
 ) -> list[jax.Array]:
-    """The leaves of one group over its norm. Groups that are alike are traced once."""
-    value, root = norm_of(norm, parts, leaves)
+    """The leaves of one group over their norm."""
+    value, root = norm_of(norm, over, leaves)
     floor = jnp.asarray(min_norm).astype(value.dtype)
     is_below = value < floor * root * root
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(value), jnp.nan, value)
-    by = Norm(
-        jnp.where(is_below, floor, value), jnp.where(is_below, jnp.ones_like(root), root)
-    )
-    return [divide(x, by, part.axes) for x, part in zip(leaves, parts, strict=True)]
-
-
-def _check_min_norm(min_norm: jax.typing.ArrayLike) -> None:
-    dtype = min_norm.dtype if isinstance(min_norm, jax.Array) else np.asarray(min_norm).dtype
-    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
-        cure = " A schedule goes through optax.inject_hyperparams." * callable(min_norm)
-        raise TypeError(f"unit_scale: min_norm is {min_norm!r}, expected a real number.{cure}")
-    if np.shape(min_norm) != ():
-        raise ValueError(f"unit_scale: min_norm has shape {np.shape(min_norm)}, expected a scalar.")
-    largest = float(jnp.finfo(jnp.result_type(float)).max)
-    # As float64, for the least and the largest may be beyond a narrower dtype.
-    if not isinstance(min_norm, Tracer) and not 0 <= np.asarray(min_norm, np.float64) <= largest:
-        raise ValueError(f"unit_scale: min_norm is {min_norm}, expected 0 to {largest:.2g}.")
+    by = Norm(jnp.where(is_below, floor, value), jnp.where(is_below, jnp.ones_like(root), root))
+    return [divide(x, by, reduction.axes) for x, reduction in zip(leaves, over, strict=True)]

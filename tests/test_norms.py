@@ -11,7 +11,7 @@ import oracle
 import pytest
 from common import EMPTY, NORMS, exported_for, sample, scaled
 
-from optax_unitscale import gradient_norms, mesh
+from optax_unitscale import gradient_norms
 
 # Two or three decades inside the normal range, so that normal samples stay in it.
 MAGNITUDES = {
