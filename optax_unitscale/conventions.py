@@ -2,60 +2,33 @@
 
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
 
-__all__ = ["Kernel", "Kind", "kind_by_name"]
+from optax_unitscale.overrides import Kernel, Kind, Shape
 
-Shape = tuple[int, ...]
+__all__ = ["kind_by_name"]
+
 PROJECTIONS = ("query", "key", "value")
 
 
-class Kernel(NamedTuple):
-    """A leaf that is a matrix, or a batch of them, for `layers_of`.
-
-    Attributes:
-      inputs: the axes, or the axis, of what goes in; negative ones count from the end.
-      outputs: the axes of what comes out. All other axes are a batch of kernels: stacked layers,
-        experts, projections that are separate.
-      blocks: how many kernels lie side by side along the first output axis, such as the groups of
-        a convolution or the gates of a recurrent cell.
-    """
-
-    inputs: int | tuple[int, ...]
-    outputs: int | tuple[int, ...]
-    blocks: int = 1
-
-
-Kind = Kernel | Literal["embedding", "vector"]
-
-
-def kind_by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
+def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -> Kind | None:
     """What a leaf is, None where that is not certain.
 
     Args:
       name: such as "blocks/0/attention/query/kernel".
       shapes: those of all leaves by name, without the axes of stacked layers.
+      is_flax: False where the names of kernels mean nothing.
     """
     shape = shapes[name]
-    above, _, leaf = name.rpartition("/")
+    module, _, leaf = name.rpartition("/")
+    is_flat = shape[:1] == (1,) and sum(size != 1 for size in shape) < 2
     if len(shape) < 2:
         return "vector"
-    if leaf in ("kernel", "w", "w_i", "w_h"):
-        return _kernel(above, leaf, shapes)
-    if leaf.endswith(("lora_a", "lora_b")):
-        return _low_rank(name, shapes)
-    return kind_of_rest(name, shapes)
-
-
-def kind_of_rest(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
-    """As `kind_by_name` for what is no kernel, which is the same in any library."""
-    shape = shapes[name]
-    leaf = name.rpartition("/")[2]
-    if len(shape) < 2:
-        return "vector"
-    is_flat = shape[0] == 1 and sum(size != 1 for size in shape) < 2
     if leaf.endswith(("embedding", "embeddings")):
         return "embedding" if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else None
+    if leaf in ("kernel", "w", "w_i", "w_h"):
+        return _kernel(module, leaf, shapes) if is_flax else None
+    if leaf.endswith(("lora_a", "lora_b")):
+        return _low_rank(name, shapes) if is_flax else None
     if leaf in ("bias", "b", "scale", "offset"):
         return "vector" if is_flat or _is_bias_of_heads(name, shapes) else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.
@@ -68,13 +41,13 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     every = tuple(range(len(shape)))
     if "einsum" in own.lower():  # In which the output may come first.
         return None
-    if len(shape) == 2:
+    if len(shape) == 2 and not _is_conv(own):
         return Kernel(0, 1, _gates(module, leaf, shapes))
     if own in (*PROJECTIONS, "out") and _is_attention(above, own, shapes):
         return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
     *_, n_in, n_out = shape
     # One input is that of a depthwise convolution, or of a first layer that sees greys.
-    if _is_conv(own) and len(shape) <= 5 and (n_in != 1 or n_out == 1):
+    if _is_conv(own) and 3 <= len(shape) <= 5 and (n_in != 1 or n_out == 1):
         return Kernel(every[:-1], every[-1])
     return None
 
