@@ -1,5 +1,6 @@
 """Which gradient elements share a norm: scope, axis and labels."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Hashable
@@ -166,9 +167,9 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> tuple[list[Any], dic
     scope: Any = plan.scope
     if not isinstance(scope, (str, Prefix)):
         scope = scope(updates)
+        if not isinstance(scope, str) and is_one_leaf(scope) and not is_one_leaf(updates):
+            _check_scope(plan.caller, scope)
         if not isinstance(scope, str) or scope not in SCOPES:
-            if is_one_leaf(scope) and not is_one_leaf(updates):
-                _check_scope(plan.caller, scope)
             scope = Prefix(scope)
     if isinstance(scope, Prefix):
         return _labels_by_user(plan.caller, scope, updates, paths)
@@ -321,7 +322,9 @@ def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int
     return _Stacked(pattern, operator.index(axis))
 
 
-class _Stacked(NamedTuple):
+# No named tuple, which would be read as a tree of axes.
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
     pattern: str
     axis: int
 
