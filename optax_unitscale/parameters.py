@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
@@ -271,7 +272,9 @@ def _spread(kernel: _Kernel, x: jax.Array) -> jax.Array:
 def _whole(x: jax.Array) -> jax.Array:
     """On every device of an explicit mesh; elsewhere the compiler sees to that."""
     sharding = jax.typeof(x).sharding
-    return x if sharding.mesh.empty else jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    if sharding.is_fully_replicated:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _varying(x: jax.Array) -> tuple[Any, ...]:
