@@ -17,7 +17,7 @@ from benchmarks import machine, optimizers
 from benchmarks.runs import Entry, Log
 from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
-from optax_unitscale import recorded_norms
+from optax_unitscale import layers_of, recorded_norms
 
 __all__ = ["Config", "describe", "train"]
 
@@ -75,7 +75,9 @@ def train(
       An iterator that trains as it is advanced; closing it early is safe.
     """
     model = task.model(config.seed)
-    transformation = optimizers.make(config.optimizer, config.learning_rate, config.steps)
+    transformation = optimizers.make(
+        config.optimizer, config.learning_rate, config.steps, layers_of(model)
+    )
     graph, state = nnx.split((model, nnx.Optimizer(model, transformation, wrt=nnx.Param)))
     state = layout.place(state)
     rows = layout.rows(config.batch_size)
