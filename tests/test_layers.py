@@ -75,7 +75,7 @@ class LinenViT(nn.Module):
         return nn.Dense(10, name="head")(x)
 
 
-ATTENTION = {name: "0 > 1 2" for name in ("query", "key", "value")} | {"out": "0 1 > 2"}
+ATTENTION = dict.fromkeys(("query", "key", "value"), "0 > 1 2") | {"out": "0 1 > 2"}
 
 
 def test_flax_vits_are_known_by_types_and_by_names():

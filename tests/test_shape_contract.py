@@ -80,25 +80,12 @@ def refuse(error: type[Exception], text: str, tree: Any, **options: Any) -> None
         jax.jit(lambda tree: shaped(tree, **options)).lower(tree)
 
 
-@pytest.mark.parametrize(
-    "tree",
-    [
-        shapes(kernel=(3, 16, 64)),  # Stacked layers, or a convolution without a name.
-        shapes(kernel=(3, 3, 16, 64)),
-        shapes(bias=(3, 64)),
-        shapes(scale=(3, 64)),
-        shapes(embedding=(3, 11, 16)),
-        shapes(weight=(64, 16)),  # Equinox and PyTorch have the output first.
-        {"query": shapes(kernel=(3, 16, 2, 32))},
-        {"query": shapes(bias=(3, 2, 32))},
-        {"out": shapes(kernel=(3, 2, 32, 16))},
-    ],
-    ids=lambda tree: str(jax.tree.map(np.shape, tree)),
-)
-def test_a_shape_that_could_be_several_layers_is_refused(tree):
-    ((path, x),) = jax.tree_util.tree_leaves_with_path(tree)
-    text = f"updates{jax.tree_util.keystr(path)} of shape {x.shape} is no layer known by its name"
-    refuse(ValueError, text + "...MuonDimensionNumbers(-2, -1)...optax.masked.", tree)
+def test_what_a_leaf_is_cannot_be_told_is_an_error_at_init_too():
+    tree = {"conv": shapes(kernel=(3, 3, 1, 512))}
+    text = "the name and the shape of these leaves do not show what they are:\n  conv/kernel (3, "
+    refuse(ValueError, text + "...Say it, such as layers=layers_of(params, {", tree)
+    with pytest.raises(ValueError, match=r"^scale_by_shape: .*\n  conv/kernel"):
+        scale_by_shape().init(tree)
 
 
 ONE: Any = shapes(kernel=(2, 3))
@@ -135,17 +122,6 @@ def test_dimension_numbers_that_miss_a_leaf_or_the_tree_are_refused():
     refuse(ValueError, text, two, dimension_numbers={"a": Axes()})
     text = "dimension_numbers has an entry at 'kernal', where the updates have none. They have"
     refuse(ValueError, text, ONE, dimension_numbers={"kernel": None, "kernal": Axes()})
-
-
-def test_dimension_numbers_that_cannot_be_hashed_are_refused():
-    class Unhashable:
-        __hash__: Any = None
-
-        def __call__(self, updates):
-            return None
-
-    text = "dimension_numbers must be hashable...'Unhashable'. Pass a function."
-    refuse(TypeError, text, ONE, dimension_numbers=Unhashable())
 
 
 def test_integers_are_refused_by_their_path_with_the_cure():
