@@ -191,8 +191,7 @@ def _layer_said(numbers: Prefix, path: Path, shape: tuple[int, ...]) -> Layer | 
 
 
 def _as_prefix(tree: Any) -> Prefix:
-    prefix = Prefix(tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers))
-    return prefix.map(_as_axes)
+    return Prefix(tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers), _as_axes)
 
 
 def _as_axes(names: tuple[str, ...], value: Any) -> Axes | None:
