@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Axes
 
-from optax_unitscale import Kernel, layers_of, unit_scale
+from optax_unitscale import Kernel, unit_scale
 
 
 def check_same(tree: Any, expected: Any) -> None:
@@ -123,7 +122,7 @@ def test_a_unit_update_changes_any_layers_output_by_an_rms_of_one(width):
         changed: Any = {k: np.zeros(like.shape, np.float32) for k, like in params.items()}
         changed[leaf] = np.float32(update)
         # By itself it could be stacked layers.
-        layers = {"out/kernel": Kernel((0, 1), 2)} if name == "out" else None
+        layers: Any = {"out/kernel": Kernel((0, 1), 2)} if name == "out" else None
         change: Any = layer.apply({"params": shaped({name: changed}, layers=layers)[name]}, x)
         rms = np.sqrt(np.mean(np.square(np.asarray(change))))
         np.testing.assert_allclose(rms, 1, rtol=1e-5, err_msg=f"{name} of {update.shape}")
