@@ -243,7 +243,8 @@ def _find(
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:
-        raise ValueError(explain(caller, unknown, shapes, {n for n in said if said[n]}, by_name))
+        typed = {name for name, own in said.items() if own and own.kind}
+        raise ValueError(explain(caller, unknown, shapes, typed, by_name))
     return [(path, x, found[path.name]) for path, x in leaves]
 
 
