@@ -80,7 +80,7 @@ class Layers(Mapping[str, Layer]):
         return hash(frozenset(self._layers.items()))
 
     def map(self, function: Callable[[Layer | None], Any], tree: Any) -> Any:
-        """A tree like `tree` with what `function` makes of each leaf's layer, None for unknown ones.
+        """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
 
         It gives masks and labels for other transformations, such as Adam for all but kernels
         ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
