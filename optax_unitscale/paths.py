@@ -53,17 +53,16 @@ class Prefix:
     The prefix may also be flat, with names such as "dense/kernel" for keys.
     """
 
-    def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
-        self.entries = [(path.names, value) for path, value in flatten(tree, is_leaf)]
+    def __init__(
+        self,
+        tree: Any,
+        is_leaf: Callable[[Any], bool] | None = None,
+        read: Callable[[tuple[str, ...], Any], Any] = lambda names, value: value,
+    ):
+        flat = flatten(tree, is_leaf)
+        self.entries = [(path.names, read(path.names, value)) for path, value in flat]
         self._exact = dict(self.entries)
         self._joined = {join(names): value for names, value in self.entries}
-
-    def map(self, function: Callable[[tuple[str, ...], Any], Any]) -> "Prefix":
-        new = Prefix(())
-        new.entries = [(n, function(n, v)) for n, v in self.entries]
-        new._exact = dict(new.entries)
-        new._joined = {join(n): v for n, v in new.entries}
-        return new
 
     def find(self, names: tuple[str, ...]) -> tuple[bool, Any]:
         """The value that stands at a leaf or above it, and whether there is one."""

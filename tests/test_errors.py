@@ -38,12 +38,12 @@ def refuse(error: type[Exception], text: str, tree: Any, **options: Any) -> None
         (
             {"scope": "layers"},
             ValueError,
-            "scope is 'layers', expected 'leaf', 'layer', 'global', a",
+            "scope is 'layers', expected 'leaf', 'layer', 'global'",
         ),
         (
             {"scope": None},
             ValueError,
-            "scope is None, expected 'leaf', 'layer', 'global', a pytree",
+            "scope is None, expected 'leaf', 'layer', 'global', a",
         ),
         ({"scope": 0}, ValueError, "scope is 0, expected...name it in static_args=('scope',)"),
     ],
