@@ -113,9 +113,10 @@ def keep_norm(
       5.0000 [1. 1.]
 
     Source:
-      Wen, Dang, Lyu, Ma, Liang 2026, "Hyperball", https://arxiv.org/abs/2606.16899, which reports
-      20 to 30 % fewer tokens up to 1.2 B parameters. https://arxiv.org/abs/2607.22444 explains most
-      of the gain by the path of the effective learning rate: compare with tuned weight decay.
+      Wen, Dang, Lyu, Ma, Liang 2026, the hyperball optimizers, https://arxiv.org/abs/2606.16899,
+      report 20 to 30 % fewer tokens up to 1.2 B parameters. https://arxiv.org/abs/2607.22444
+      explains most of the gain by the path of the effective learning rate: compare with a tuned
+      weight decay.
     """
     plan = make_plan("keep_norm", norm, "leaf", axis, axis_name)
     find = functools.partial(_find, plan, layers, axis is None)

@@ -11,7 +11,7 @@ import optax
 import oracle
 import orbax.checkpoint as ocp
 import pytest
-from common import NORMS, sample
+from common import NORMS, compilations, sample
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType
@@ -50,6 +50,7 @@ def groups(name: str, x: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_each_group_keeps_its_norm_and_moves_in_the_direction_of_the_sum(norm):
+    compiled = []
     for size in (1e-30, 1.0, 1e30):
         params, steps = ({k: x * np.float32(size) for k, x in t.items()} for t in (PARAMS, STEPS))
         after, updates = stepped(params, steps, norm=norm, layers=LAYERS)
@@ -63,6 +64,8 @@ def test_each_group_keeps_its_norm_and_moves_in_the_direction_of_the_sum(norm):
                 np.testing.assert_allclose(q, target, rtol=0, atol=8 * EPS * np.abs(p).max())
         for name in ("dense/bias", "embedding"):
             assert updates[name] is steps[name]
+        compiled.append(compilations())
+    assert compiled[0] == compiled[-1]
 
 
 def test_float64_keeps_its_precision_beside_float32(x64):
@@ -213,7 +216,8 @@ def test_the_radii_survive_a_checkpoint_and_map_params(tmp_path):
         restored = checkpointer.restore(tmp_path / "state", state)
     for each in (moved, restored):
         assert jax.tree.structure(each) == jax.tree.structure(state)
-        np.testing.assert_array_equal(each[1].radii, np.linalg.norm(params["kernel"], axis=0))
+        np.testing.assert_array_equal(each[1].radii, state[1].radii)
+    np.testing.assert_allclose(state[1].radii, np.linalg.norm(params["kernel"], axis=0), rtol=1e-6)
 
 
 def specs(experts: P, gates: P, kernel: P) -> dict[str, P]:
@@ -237,16 +241,10 @@ def both(optimizer: Any, params: Any, steps: Any) -> tuple[Any, Any]:
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize(
-    "split",
-    [
-        specs(P("a", None, "b"), P(None, ("a", "b")), P("a", "b")),
-        specs(P(None, "a"), P("b", "a"), P(("a", "b"))),
-    ],
-    ids=["by expert", "by width"],
-)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters_keep_their_norms_and_layout_and_no_kernel_is_sent(kind, split):
+def test_sharded_parameters_keep_their_norms_and_layout_and_no_kernel_is_sent(kind):
+    # No device has a whole gate, and some have parts of two.
+    split = specs(P("a", None, "b"), P(None, ("a", "b")), P("a", "b"))
     with jax.set_mesh(mesh := make_mesh(kind)):
         params, steps = shard(PARAMS, mesh, split), shard(STEPS, mesh, split)
         step = jax.jit(lambda *trees: both(OPTIMIZER, *trees)).lower(params, steps).compile()
