@@ -3,15 +3,22 @@
 from optax_unitscale.clip import clip_norm
 from optax_unitscale.groups import stacked
 from optax_unitscale.history import norm_ratios
+from optax_unitscale.layers import Kernel, Layer, Layers, layers_of
 from optax_unitscale.observe import gradient_norms, record_norms, recorded_norms
 from optax_unitscale.plot import norms_table, plot_norms
 from optax_unitscale.ratios import step_ratios
 from optax_unitscale.shape import scale_by_shape
+from optax_unitscale.table import layers_table
 from optax_unitscale.transform import unit_scale
 
 __all__ = [
+    "Kernel",
+    "Layer",
+    "Layers",
     "clip_norm",
     "gradient_norms",
+    "layers_of",
+    "layers_table",
     "norm_ratios",
     "norms_table",
     "plot_norms",

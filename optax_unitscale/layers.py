@@ -1,0 +1,280 @@
+"""`layers_of`: what each leaf of a model is, a kernel, an embedding or a vector, and its axes."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from optax_unitscale.conventions import kind_by_name
+from optax_unitscale.modules import Declared, Modules, declared, is_equinox, open_model
+from optax_unitscale.overrides import (
+    Kernel,
+    Kind,
+    Shape,
+    as_ints,
+    check_patterns,
+    override_of,
+    stacked_axes,
+)
+from optax_unitscale.paths import Path, flatten, places, some
+from optax_unitscale.unknown import explain
+
+__all__ = ["Kernel", "Layer", "Layers", "layers_in", "layers_of"]
+
+
+class Layer(NamedTuple):
+    """What one leaf is. Axes are counted from 0, in order.
+
+    Attributes:
+      kind: "kernel", "embedding", or "vector", as biases and gains are.
+      inputs: a kernel's input axes, the axis of an embedding's vocabulary.
+      outputs: a kernel's output axes, the axis of an embedding's features, a vector's axes.
+      batch: all other axes: stacked layers, experts, projections that are separate.
+      blocks: how many kernels lie side by side along the first output axis, such as the groups of
+        a convolution or the gates of a recurrent cell.
+    """
+
+    kind: Literal["kernel", "embedding", "vector"]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    blocks: int = 1
+
+    def fans(self, shape: Shape) -> tuple[int, int]:
+        """How many inputs an output sees, and how many outputs there are, in each block.
+
+        An embedding sees one token at a time, and a vector has one input, the number 1.
+        """
+        fan_in = math.prod(shape[axis] for axis in self.inputs) if self.kind == "kernel" else 1
+        return fan_in, math.prod(shape[axis] for axis in self.outputs) // self.blocks
+
+
+class Layers(Mapping[str, Layer]):
+    """What each leaf of a model is, by name, as `layers_of` finds it: immutable and hashable.
+
+    Attributes:
+      shapes: those of the leaves it was found with, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], shapes: Mapping[str, Shape]):
+        self._layers = dict(layers)
+        self.shapes = dict(shapes)
+
+    def __getitem__(self, name: str) -> Layer:
+        """What the leaf of this name is."""
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the leaves."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """How many leaves there are."""
+        return len(self._layers)
+
+    def __hash__(self) -> int:
+        """Of the layers, as equality is."""
+        return hash(frozenset(self._layers.items()))
+
+    def __repr__(self) -> str:
+        """As a dict."""
+        return f"Layers({self._layers})"
+
+
+def layers_of(
+    model_or_params: Any,
+    overrides: Mapping[str, Kind] | None = None,
+    *,
+    stacked: str | Mapping[str, int] | None = None,
+) -> Layers:
+    """What each leaf of a model is: a kernel and its axes, an embedding, or a vector.
+
+    A Flax NNX or Equinox model is read by the types of its modules. Parameters without modules, as
+    Linen, Haiku and `flax.nnx.state` have them, are read by names and shapes:
+
+    ==================================  ==============================  ========================
+    the path ends in                    shape                           what it is
+    ==================================  ==============================  ========================
+    anything                            () or (n,)                      vector
+    `kernel` or `w`                     (in, out)                       kernel
+    the same in `Conv_0`, `conv1`, …    (…, in, out), in > 1            kernel
+    `query`, `key`, `value/kernel`      (in, heads, head_dim)           kernel
+    `query`, `key`, `value/bias`        (heads, head_dim)               vector
+    `out/kernel`                        (heads, head_dim, out)          kernel
+    `…embedding`, `embeddings`          (vocabulary, features)          embedding
+    `…lora_a`, `…lora_b`                (in, rank), (rank, out)         kernel
+    ==================================  ==============================  ========================
+
+    Anything else is an error, which lists all such leaves and the line to write. Among them are
+    stacked layers; fused projections of more than two axes; convolutions on one channel, which
+    may be depthwise; and leaves under other names. What shapes cannot show, such as the groups of
+    a convolution with more than one input each, only modules do.
+
+    Args:
+      model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
+      overrides: what some leaves are, by patterns of their names: a `Kernel`, "embedding" or
+        "vector". "*" stands for a part of one name, "**" for any number of names; the first
+        pattern that fits counts. A kernel's axes are those of the whole leaf.
+      stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
+        `nn.scan` makes it, or patterns with the axis, {"decoder/layers/**": 1}. What is left of a
+        leaf without that axis is read as above. Modules show it by themselves.
+
+    Returns:
+      `Layers`: from the names that `gradient_norms` has to a `Layer` each. Integers, None and
+      empty leaves have none.
+
+    Raises:
+      TypeError: an override is none of those above.
+      ValueError: what a leaf is cannot be told; a pattern fits no leaf; axes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_unitscale import Kernel, layers_of
+      >>> params = {"qkv": {"kernel": jnp.ones((32, 3, 4, 8)), "bias": jnp.ones(96)}}
+      >>> layers = layers_of(params, {"**/qkv/kernel": Kernel(inputs=0, outputs=(2, 3))})
+      >>> layers["qkv/kernel"]
+      Layer(kind='kernel', inputs=(0,), outputs=(2, 3), batch=(1,), blocks=1)
+      >>> layers["qkv/bias"].kind
+      'vector'
+    """
+    found = _find("layers_of", model_or_params, overrides or {}, stacked)
+    shapes = {path.name: x.shape for path, x, _ in found}
+    return Layers({path.name: layer for path, _, layer in found}, shapes)
+
+
+def layers_in(
+    caller: str,
+    layers: Layers | Mapping[str, Kind] | None,
+    tree: Any,
+    known: Mapping[str, Layer] | None = None,
+) -> list[tuple[Path, Any, Layer]]:
+    """The leaves of updates or parameters that have a gradient, and what they are.
+
+    Those are not None, `optax.MaskedNode`, `float0`, empty, nor integers, which transformations
+    refuse by `check_dtype`.
+
+    Args:
+      caller: for errors.
+      layers: as users give it: None to find them, overrides, or what `layers_of` found.
+      tree: parameters or updates; may be traced.
+      known: what some leaves are whatever `layers` says.
+    """
+    known = known or {}
+    if not isinstance(layers, Layers):
+        return _find(caller, tree, layers or {}, None, known)
+    leaves = _trained(*open_model(tree))
+    said = {path.name: known.get(path.name) or layers.get(path.name) for path, _ in leaves}
+    wrong = []
+    for path, x in leaves:
+        layer = said[path.name]
+        if layer is None:
+            wrong.append(f"no entry for {path.name} {x.shape}")
+        elif len(layer.inputs + layer.outputs + layer.batch) != x.ndim:
+            wrong.append(f"{layer} for {path.name} {x.shape}")
+    if wrong:
+        raise ValueError(
+            f"{caller}: layers does not fit, it has {some(wrong)}. Make it of the model that is "
+            "trained, such as layers_of(model)."
+        )
+    return [(path, x, layer) for path, x in leaves if (layer := said[path.name])]
+
+
+def _trained(tree: Any, modules_around: Modules) -> list[tuple[Path, Any]]:
+    """The leaves that can have a gradient."""
+    leaves = []
+    for path, leaf in flatten(tree):
+        # A number in an Equinox module is a setting, such as the rate of dropout.
+        is_number = isinstance(leaf, float | complex) and not is_equinox(modules_around(path))
+        x: Any = jnp.asarray(leaf) if is_number else leaf
+        is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+        if is_array and jnp.issubdtype(x.dtype, jnp.inexact) and 0 not in x.shape:
+            leaves.append((path, x))
+    return leaves
+
+
+def _find(
+    caller: str,
+    model: Any,
+    overrides: Mapping[str, Kind],
+    stacked: str | Mapping[str, int] | None,
+    known: Mapping[str, Layer] | None = None,
+) -> list[tuple[Path, Any, Layer]]:
+    parameters, modules_around = open_model(model)
+    leaves = _trained(parameters, modules_around)
+    shapes = {path.name: tuple(x.shape) for path, x in leaves}
+    if overrides:
+        check_patterns(caller, "overrides", overrides, places(parameters))
+    stacks = stacked_axes(caller, stacked, shapes)
+    single = {name: _without(shape, stacks[name]) for name, shape in shapes.items()}
+    modules = {path.name: modules_around(path) for path, _ in leaves}
+    said = {path.name: declared(modules[path.name], path.names) for path, _ in leaves}
+    ways = {name: _stackings(d, single[name]) for name, d in said.items() if d}
+    found: dict[str, Layer] = {}
+
+    def by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
+        return kind_by_name(name, shapes, is_flax=not is_equinox(modules[name]))
+
+    for name, shape in shapes.items():
+        stack, batch = stacks[name], ()
+        kind = override_of(caller, overrides, name, shape)
+        if isinstance(kind, Kernel):
+            stack = ()
+        elif kind is None and (own := said[name]):
+            more = _stack_of(name, ways)
+            if more is not None:
+                kind, batch = own.kind, own.batch
+                stack += tuple(_without(tuple(range(len(shape))), stack)[axis] for axis in more)
+        elif kind is None:
+            kind = by_name(name, single)
+        if kind is not None:
+            found[name] = _layer(kind, len(shape), stack, batch)
+    found |= known or {}
+    unknown = [name for name in shapes if name not in found]
+    if unknown:
+        raise ValueError(explain(caller, unknown, shapes, {n for n in said if said[n]}, by_name))
+    return [(path, x, found[path.name]) for path, x in leaves]
+
+
+def _layer(kind: Kind, ndim: int, stack: tuple[int, ...], batch: tuple[int, ...] = ()) -> Layer:
+    """Of a kind, and a batch, whose axes are counted without those of a stack."""
+    kept = _without(tuple(range(ndim)), stack)
+    if isinstance(kind, Kernel):
+        inputs, outputs = (
+            tuple(sorted(kept[axis] for axis in as_ints(axes)))
+            for axes in (kind.inputs, kind.outputs)
+        )
+        every = _without(tuple(range(ndim)), inputs + outputs)
+        return Layer("kernel", inputs, outputs, every, kind.blocks)
+    every = tuple(sorted((*stack, *(kept[axis] for axis in batch))))
+    kept = _without(tuple(range(ndim)), every)
+    if kind == "vector":
+        return Layer("vector", (), kept, every)
+    return Layer("embedding", kept[:-1], kept[-1:], every)
+
+
+def _without(items: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(item for axis, item in enumerate(items) if axis not in axes)
+
+
+def _stackings(own: Declared, shape: Shape) -> list[tuple[int, ...]]:
+    """The axes that a leaf can have beyond those of one layer, as its module has them."""
+    n = len(own.sizes)
+    if len(shape) == n:  # Whatever the sizes: a part of it, or a weight that was replaced.
+        return [()]
+    return [
+        _without(tuple(range(len(shape))), axes)
+        for axes in itertools.combinations(range(len(shape)), n)
+        if all(size in (None, shape[axis]) for axis, size in zip(axes, own.sizes, strict=True))
+    ]
+
+
+def _stack_of(name: str, ways: Mapping[str, list[tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """The one way in which a leaf can be stacked, if need be the one for all of its module."""
+    if len(ways[name]) == 1:
+        return ways[name][0]
+    module = name.rpartition("/")[0]
+    every = [set(ways[other]) for other in ways if other.rpartition("/")[0] == module]
+    common = set.intersection(*every)
+    return common.pop() if len(common) == 1 else None

@@ -1,0 +1,102 @@
+"""What users say of leaves, by patterns of their names: overrides and stacked layers."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from optax_unitscale.paths import matches, some
+
+__all__ = ["Kernel", "Kind", "Shape", "as_ints", "check_patterns", "override_of", "stacked_axes"]
+
+Shape = tuple[int, ...]
+
+
+class Kernel(NamedTuple):
+    """A leaf that is a matrix, or a batch of them, for `layers_of`.
+
+    Attributes:
+      inputs: the axes of what goes in, an integer or a tuple; negative ones count from the end.
+      outputs: the axes of what comes out. All other axes are a batch of kernels: stacked layers,
+        experts, projections that are separate.
+      blocks: how many kernels lie side by side along the first output axis, such as the groups of
+        a convolution, the gates of a recurrent cell, or query, key and value.
+    """
+
+    inputs: int | tuple[int, ...]
+    outputs: int | tuple[int, ...]
+    blocks: int = 1
+
+
+Kind = Kernel | Literal["embedding", "vector"]
+
+
+def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Shape) -> Kind | None:
+    """What users say that a leaf is; the first pattern that fits counts."""
+    pattern = next((pattern for pattern in overrides if matches(pattern, name)), None)
+    if pattern is None:
+        return None
+    kind: Any = overrides[pattern]
+    if isinstance(kind, str) and kind in ("embedding", "vector"):
+        return kind
+    if not isinstance(kind, Kernel):
+        raise TypeError(
+            f"{caller}: {pattern!r} is said to be {kind!r}, expected a Kernel, 'embedding' or "
+            "'vector'."
+        )
+    every = range(len(shape))
+    try:
+        inputs, outputs = (
+            tuple(every[axis] for axis in as_ints(axes)) for axes in (kind.inputs, kind.outputs)
+        )
+        (blocks,) = as_ints(kind.blocks)
+        is_once = 0 < len({*inputs, *outputs}) == len(inputs + outputs)
+        if not is_once or blocks < 1 or (blocks > 1 and shape[min(outputs)] % blocks):
+            raise ValueError
+    except (TypeError, ValueError, IndexError):
+        raise ValueError(
+            f"{caller}: {pattern!r} is said to be {kind}, expected axes that {name} of shape "
+            f"{shape} has, each once, and blocks that divide the first output axis."
+        ) from None
+    return Kernel(inputs, outputs, blocks)
+
+
+def stacked_axes(
+    caller: str, stacked: str | Mapping[str, int] | None, shapes: Mapping[str, Shape]
+) -> dict[str, tuple[int, ...]]:
+    """Along which axes each leaf holds several layers, as users say."""
+    patterns = {stacked: 0} if isinstance(stacked, str) else stacked or {}
+    check_patterns(caller, "stacked", patterns, shapes)
+    axes: dict[str, set[int]] = {name: set() for name in shapes}
+    for pattern, axis in patterns.items():
+        inside = {name: shape for name, shape in shapes.items() if matches(pattern, name)}
+        has_axis = [-len(shape) <= axis < len(shape) for shape in inside.values()]
+        if not all(has_axis) or len({shape[axis] for shape in inside.values()}) > 1:
+            raise ValueError(
+                f"{caller}: stacked has axis {axis} for {pattern!r}, expected an axis of one size "
+                f"in {some(f'{name} {shape}' for name, shape in inside.items())}. Give a pattern "
+                "that only stacked layers fit."
+            )
+        for name, shape in inside.items():
+            axes[name].add(axis % len(shape))
+    return {name: tuple(sorted(found)) for name, found in axes.items()}
+
+
+def check_patterns(
+    caller: str, argument: str, patterns: Iterable[str], names: Iterable[str]
+) -> None:
+    """Refuses a pattern that no leaf fits, which is most likely misspelt."""
+    names = list(names)
+    idle = [p for p in patterns if not any(matches(p, name) for name in names)]
+    if idle and names:
+        raise ValueError(
+            f"{caller}: {argument} has {some(idle)}, which no leaf fits. There are {some(names)}; "
+            "'*' stands for a part of one name, '**' for any number of names."
+        )
+
+
+def as_ints(axes: int | Iterable[int]) -> tuple[int, ...]:
+    """Axes as a tuple; a TypeError for what are none, such as True."""
+    every = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    if any(isinstance(axis, bool) for axis in every):
+        raise TypeError
+    return tuple(map(operator.index, every))
