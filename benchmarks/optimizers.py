@@ -1,4 +1,4 @@
-"""The contenders: each an Optax transformation made from a learning rate or its schedule.
+"""The contenders: each an Optax transformation made from a learning rate and a model's layers.
 
 All that are SGD at heart have the same momentum; the others keep Optax's defaults.
 """
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import layers
+from optax.contrib import MuonDimensionNumbers
+
 from optax_unitscale import record_norms, scale_by_shape, unit_scale
 
 __all__ = [

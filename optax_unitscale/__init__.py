@@ -1,4 +1,4 @@
-"""Unit-norm gradients for Optax: exact at any magnitude, in any dtype, on any mesh."""
+"""Unit scale for Optax: gradients, steps and parameters of the norm that you chose."""
 
 from optax_unitscale.clip import clip_norm
 from optax_unitscale.groups import stacked
