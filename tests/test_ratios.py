@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_unitscale import step_ratios, unit_scale
+from optax_unitscale import stacked, step_ratios, unit_scale
 
 MAGNITUDES = [1e-37, 1e-25, 1e-10, 1.0, 1e10, 1e25, 1e36]
 # Two norms, each of a sum, its root and its scale, and the division.
@@ -45,7 +45,7 @@ def test_zero_over_zero_is_zero_and_nan_shows():
 def test_slices_and_layers_have_ratios_of_their_own_in_any_dtype():
     updates = {"blocks": {"kernel": jnp.ones((3, 2, 2), jnp.bfloat16)}}
     params = {"blocks": {"kernel": jnp.arange(1.0, 4)[:, None, None] * jnp.ones((3, 2, 2))}}
-    by_slice = step_ratios(updates, params, axis=lambda path, x: (1, 2))
+    by_slice = step_ratios(updates, params, axis=stacked("blocks/**"))
     np.testing.assert_allclose(by_slice["blocks/kernel"], [1, 1 / 2, 1 / 3], rtol=RTOL)
     (by_layer,) = step_ratios(updates, params, scope="layer").items()
     np.testing.assert_allclose(by_layer[1], np.sqrt(12 / 56), rtol=RTOL)
