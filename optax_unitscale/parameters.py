@@ -1,6 +1,7 @@
 """`keep_norm`: the Optax transformation that keeps the norm of every kernel."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
-from optax_unitscale.norms import Norm, Reduction, _mesh_axes, divide, norm_of
+from optax_unitscale.mesh import varying_axes
+from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, norm_of
 from optax_unitscale.paths import flatten, some
 
 __all__ = ["KeepNormState", "keep_norm"]
@@ -175,7 +177,7 @@ def _find(
         layer = found[name][1]
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in over.axes)
         blocks = layer.blocks if is_by_layer else 1
-        if blocks > 1 and (split := _mesh_axes(x, over)):
+        if blocks > 1 and (split := mesh_axes(x, over)):
             raise ValueError(
                 f"{plan.caller}: {name} of shape {x.shape} is split over {split} in jax.shard_map, "
                 f"where nothing says which of its {blocks} blocks a device has. Use jax.jit with "
@@ -221,12 +223,14 @@ def _retract(
     """The steps of all kernels, changed to end where the norms are the radii."""
     # Kernels that are alike are traced once.
     retract = jax.jit(_retract_one, static_argnums=(3, 4))
-    kept, start = [], 0
-    for p, step, kernel in zip(leaves, steps, kernels, strict=True):
-        end = start + math.prod(kernel.groups)
-        radius = radii[start:end].reshape(kernel.groups)
+    ends = list(itertools.accumulate(math.prod(kernel.groups) for kernel in kernels))
+    each = [radii[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    # Behind a barrier: XLA would compile each kernel's loop anew for the place of its radii.
+    each = lax.optimization_barrier(each)
+    kept = []
+    for p, step, radius, kernel in zip(leaves, steps, each, kernels, strict=True):
+        radius = radius.reshape(kernel.groups)
         kept.append(None if step is None else retract(p, step, radius, norm, kernel))
-        start = end
     return kept
 
 
@@ -236,7 +240,7 @@ def _retract_one(
     dtype = np.result_type(np.float32, p.dtype, step.dtype)
     p, wide = p.astype(dtype), step.astype(dtype)
     # Other kernels' radii may differ between the devices of jax.shard_map, this one's do not.
-    if others := tuple(set(_varying(radius)) - set(_varying(p))):
+    if others := tuple(set(varying_axes(radius)) - set(varying_axes(p))):
         radius = lax.pmax(radius, others)
     value, root = _norm_of(norm, kernel, p + wide)
     radius = radius.astype(value.dtype)
@@ -276,7 +280,3 @@ def _whole(x: jax.Array) -> jax.Array:
     if sharding.is_fully_replicated:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _varying(x: jax.Array) -> tuple[Any, ...]:
-    return _mesh_axes(x, Reduction((), None))
