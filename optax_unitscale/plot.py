@@ -45,7 +45,7 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     between a scalar and a matrix of a million elements.
 
     Args:
-      norms: what `gradient_norms` returns, also as Flax NNX holds it, or floats by name. An array
+      norms: what `gradient_norms` or `recorded_norms` returns, or floats by name. An array
         is a line a slice, "blocks/kernel[3]"; one of more than 128 slices is three, its least,
         median and largest norm.
 
