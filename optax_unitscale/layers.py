@@ -162,6 +162,11 @@ def layers_in(
       known: what some leaves are whatever `layers` says.
     """
     known = known or {}
+    if layers is not None and not isinstance(layers, Mapping):
+        raise TypeError(
+            f"{caller}: layers is a {type(layers).__name__}, expected what layers_of(model) "
+            "returns, overrides for it, or None."
+        )
     if not isinstance(layers, Layers):
         return _find(caller, tree, layers or {}, None, known)
     leaves = _trained(*open_model(tree))
