@@ -2,9 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from optax_unitscale.conventions import kind_by_name
@@ -77,6 +78,15 @@ class Layers(Mapping[str, Layer]):
     def __hash__(self) -> int:
         """Of the layers, as equality is."""
         return hash(frozenset(self._layers.items()))
+
+    def map(self, function: Callable[[Layer | None], Any], tree: Any) -> Any:
+        """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
+
+        It gives masks and labels for other transformations, such as Adam for all but kernels
+        ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
+        """
+        values = [function(self._layers.get(path.name)) for path, _ in flatten(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     def __repr__(self) -> str:
         """As a dict."""

@@ -21,7 +21,7 @@ from jax import lax
 
 from optax_unitscale.mesh import varying_axes
 
-__all__ = ["Norm", "Reduction", "divide", "norm_of"]
+__all__ = ["Norm", "Reduction", "divide", "mesh_axes", "norm_of"]
 
 
 class Reduction(NamedTuple):
@@ -151,8 +151,8 @@ def _scaled_norm(
     for x, r in zip(leaves, over, strict=True):
         at = _at_constant if isinstance(root, float) else _at_array
         total = at(kind, x, r.axes, dtype, root)
-        mesh_axes = _mesh_axes(x, r)
-        sums.append(across(total, mesh_axes) if mesh_axes else total)
+        names = mesh_axes(x, r)
+        sums.append(across(total, names) if names else total)
     # Without the barrier thousands of leaves are slow to compile.
     total = within(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
     if kind == "linf":
@@ -207,7 +207,7 @@ def _(kind, over, primals, tangents):
     dtype = norm.value.dtype
 
     def total(values: list[jax.Array]) -> jax.Array:
-        axes = [_mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
+        axes = [mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
         pairs = zip(values, axes, strict=True)
         sums = [lax.psum(value, names) if names else value for value, names in pairs]
         return functools.reduce(lax.add, sums)
@@ -254,7 +254,7 @@ def _sign(x: jax.Array) -> jax.Array:
     return divide(x, Norm(jnp.abs(x), jnp.ones_like(jnp.abs(x))), ())
 
 
-def _mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
+def mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
     """The mesh axes that a leaf is split over."""
     return varying_axes(x) if over.mesh_axes is None else over.mesh_axes
 
@@ -263,7 +263,7 @@ def _count(over: tuple[Reduction, ...], leaves: Sequence[jax.Array]) -> Any:
     """How many elements share a norm, on all devices; symbolic if jax.export leaves it open."""
     counts = []
     for x, r in zip(leaves, over, strict=True):
-        devices = math.prod(lax.axis_size(name) for name in _mesh_axes(x, r))
+        devices = math.prod(lax.axis_size(name) for name in mesh_axes(x, r))
         counts.append(math.prod(x.shape[axis] for axis in r.axes) * devices)
     return sum(counts)
 
