@@ -8,6 +8,9 @@ from optax_unitscale.overrides import Kernel, Kind, Shape
 __all__ = ["kind_by_name"]
 
 PROJECTIONS = ("query", "key", "value")
+KERNELS = ("kernel", "w", "w_i", "w_h", "recurrent_kernel")
+# What a recurrent cell multiplies with its input, and with its state: NNX's, Haiku's, Keras's.
+CELLS = (("dense_i/kernel", "dense_h/kernel"), ("w_i", "w_h"), ("kernel", "recurrent_kernel"))
 
 
 def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -> Kind | None:
@@ -25,12 +28,12 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
         return "vector"
     if leaf.endswith(("embedding", "embeddings")):
         return "embedding" if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else None
-    if leaf in ("kernel", "w", "w_i", "w_h"):
+    if leaf in KERNELS:
         return _kernel(module, leaf, shapes) if is_flax else None
     if leaf.endswith(("lora_a", "lora_b")):
         return _low_rank(name, shapes) if is_flax else None
     if leaf in ("bias", "b", "scale", "offset"):
-        return "vector" if is_flat or _is_bias_of_heads(name, shapes) else None
+        return "vector" if is_flat or _is_bias_of_heads(module, shape, shapes) else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.
     return "vector" if is_flat and len(shape) > 2 else None
 
@@ -38,22 +41,21 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
 def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     shape = shapes[_join(module, leaf)]
     above, _, own = module.rpartition("/")
-    every = tuple(range(len(shape)))
-    if "einsum" in own.lower():  # In which the output may come first.
-        return None
-    if len(shape) == 2 and not _is_conv(own):
-        return Kernel(0, 1, _gates(module, leaf, shapes))
-    if own in (*PROJECTIONS, "out") and _is_attention(above, own, shapes):
-        return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
+    *inputs, output = range(len(shape))
     *_, n_in, n_out = shape
-    if n_in == 1 and n_out != 1:  # A depthwise convolution, or one that sees a single channel.
-        return None
-    # A bias of one axis shows that nothing is stacked, and which axis comes out.
     bias = shapes.get(_join(module, "b" if leaf == "w" else "bias"))
-    if "transpose" in own.lower() and n_in == n_out:  # Either can be first.
+    if own in (*PROJECTIONS, "out") and len(shape) == 3 and _is_attention(above, own, shapes):
+        return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
+    # A bias of one axis shows that nothing is stacked, and which axis is the output.
+    if bias not in (None, (n_out,)) or "einsum" in own.lower():
         return None
-    is_conv = _is_conv(own) and 3 <= len(shape) <= 5 and bias is None
-    return Kernel(every[:-1], every[-1]) if is_conv or bias == (n_out,) else None
+    if len(shape) == 2:
+        return None if _is_conv(own) else Kernel(0, 1, _gates(module, leaf, shapes))
+    # A depthwise convolution or one that sees a single channel; a transposed one, perhaps.
+    if (n_in == 1 and n_out != 1) or ("transpose" in own.lower() and n_in == n_out):
+        return None
+    is_known = bias is not None or (_is_conv(own) and len(shape) <= 5)
+    return Kernel(tuple(inputs), output) if is_known else None
 
 
 def _join(*names: str) -> str:
@@ -64,7 +66,7 @@ def _is_conv(module: str) -> bool:
     """For Conv, Conv_0, conv1, conv2_d, conv_proj, and not for ConvNeXt or ConvTranspose."""
     words = module.lower().split("_")
     is_any = any(re.fullmatch(r"conv(olution)?\d*d?", word) for word in words)
-    return is_any and "transpose" not in words
+    return is_any and {"transpose", "depthwise", "separable"}.isdisjoint(words)
 
 
 def _is_attention(above: str, own: str, shapes: Mapping[str, Shape]) -> bool:
@@ -85,26 +87,25 @@ def _is_attention(above: str, own: str, shapes: Mapping[str, Shape]) -> bool:
     return query[1:] == out[:2] and key[1:] == value[1:] and query[2] == key[2]
 
 
-def _is_bias_of_heads(name: str, shapes: Mapping[str, Shape]) -> bool:
-    module = name.rpartition("/")[0]
+def _is_bias_of_heads(module: str, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
     kernel = shapes.get(f"{module}/kernel", ())
-    own = module.rpartition("/")[2]
-    return own in PROJECTIONS and len(kernel) == 3 and kernel[1:] == shapes[name]
+    return module.rpartition("/")[2] in PROJECTIONS and len(kernel) == 3 and kernel[1:] == shape
 
 
 def _gates(module: str, leaf: str, shapes: Mapping[str, Shape]) -> int:
     """How many gates of a recurrent cell lie side by side in a kernel, 1 in any other."""
-    above, _, own = module.rpartition("/")
-    if re.search(r"(^|/)lstm(_\d+)?/linear$", module):  # Haiku's has its inputs side by side too.
-        return 4
-    if leaf in ("w_i", "w_h"):  # Haiku's GRU.
-        recurrent = shapes.get(_join(module, "w_h"), ())
-    elif own in ("dense_i", "dense_h"):  # Flax NNX.
-        recurrent = shapes.get(_join(above, "dense_h", leaf), ())
-    else:
-        return 1
-    is_recurrent = len(recurrent) == 2 and recurrent[1] % recurrent[0] == 0
-    return recurrent[1] // recurrent[0] if is_recurrent else 1
+    if leaf == "w" and re.search(r"(^|/)lstm(_\d+)?/linear$", module):
+        return 4  # Haiku's, in which the two kernels are one.
+    name = _join(module, leaf)
+    for of_input, of_state in CELLS:
+        for end in (of_input, of_state):
+            if name.endswith(end):
+                above = name.removesuffix(end)
+                given, state = (shapes.get(above + other, ()) for other in (of_input, of_state))
+                if len(given) == len(state) == 2 and given[1] == state[1]:
+                    gates, rest = divmod(state[1], state[0])
+                    return gates if not rest and gates in (3, 4) else 1
+    return 1
 
 
 def _low_rank(name: str, shapes: Mapping[str, Shape]) -> Kind | None:

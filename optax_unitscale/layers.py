@@ -104,23 +104,23 @@ def layers_of(
     A Flax NNX or Equinox model is read by the types of its modules. Parameters without modules, as
     Linen, Haiku and `flax.nnx.state` have them, are read by names and shapes:
 
-    ==================================  ==============================  ========================
-    the path ends in                    shape                           what it is
-    ==================================  ==============================  ========================
-    anything                            () or (n,)                      vector
-    `kernel` or `w`                     (in, out)                       kernel
-    the same in `Conv_0`, `conv1`, …    (…, in, out), in > 1            kernel
-    `query`, `key`, `value/kernel`      (in, heads, head_dim)           kernel
-    `query`, `key`, `value/bias`        (heads, head_dim)               vector
-    `out/kernel`                        (heads, head_dim, out)          kernel
-    `…embedding`, `embeddings`          (vocabulary, features)          embedding
-    `…lora_a`, `…lora_b`                (in, rank), (rank, out)         kernel
-    ==================================  ==============================  ========================
+    ====================================  =========================  =========
+    name                                  shape                      kind
+    ====================================  =========================  =========
+    any                                   () or (n,)                 vector
+    `kernel`, `w`                         (in, out)                  kernel
+    `kernel`, `w` beside a bias (out,)    (…, in, out)               kernel
+    `kernel`, `w` in `Conv_0`, `conv1`    (…, in, out)               kernel
+    `query`, `key`, `value/kernel`        (in, heads, head_dim)      kernel
+    `query`, `key`, `value/bias`          (heads, head_dim)          vector
+    `out/kernel` beside these             (heads, head_dim, out)     kernel
+    `embedding`, `embeddings`             (vocabulary, features)     embedding
+    `lora_a`, `lora_b`                    (in, rank), (rank, out)    kernel
+    ====================================  =========================  =========
 
-    Anything else is an error, which lists all such leaves and the line to write. Among them are
-    stacked layers; fused projections of more than two axes; convolutions on one channel, which
-    may be depthwise; and leaves under other names. What shapes cannot show, such as the groups of
-    a convolution with more than one input each, only modules do.
+    Whatever can be several things is an error that lists all such leaves and the line to write:
+    stacked layers; fused projections; convolutions on one channel, which may be depthwise; other
+    names. That a convolution has groups of several channels, only its module shows.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -129,11 +129,11 @@ def layers_of(
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
         `nn.scan` makes it, or patterns with the axis, {"decoder/layers/**": 1}. What is left of a
-        leaf without that axis is read as above. Modules show it by themselves.
+        leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
 
     Returns:
-      `Layers`: from the names that `gradient_norms` has to a `Layer` each. Integers, None and
-      empty leaves have none.
+      `Layers`: a `Layer` for each name, as `gradient_norms` has them. Integers, None and empty
+      leaves have none.
 
     Raises:
       TypeError: an override is none of those above.
@@ -172,6 +172,11 @@ def layers_in(
       known: what some leaves are whatever `layers` says.
     """
     known = known or {}
+    if layers is not None and not isinstance(layers, Mapping):
+        raise TypeError(
+            f"{caller}: layers is a {type(layers).__name__}, expected what layers_of(model) "
+            "returns, overrides for it, or None."
+        )
     if not isinstance(layers, Layers):
         return _find(caller, tree, layers or {}, None, known)
     leaves = _trained(*open_model(tree))

@@ -1,5 +1,6 @@
 """What several test files have in common: the norms, samples, a short call, compilations."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax import export
 
-from optax_unitscale import scale_by_shape, unit_scale
+from optax_unitscale import Layer, layers_of, scale_by_shape, unit_scale
 
 __all__ = [
     "EMPTY",
@@ -18,10 +20,13 @@ __all__ = [
     "compilations",
     "exported_for",
     "factors",
+    "line_of",
+    "said",
     "sample",
     "scaled",
     "shaped",
     "shapes",
+    "short",
 ]
 
 EMPTY = optax.EmptyState()
@@ -76,3 +81,23 @@ def sample(shape, dtype, magnitude=1.0, seed=0):
     dtype = jnp.dtype(dtype)
     values = draws[0] + 1j * draws[1] if jnp.issubdtype(dtype, jnp.complexfloating) else draws[0]
     return values.astype(dtype)
+
+
+def said(*args: Any, **options: Any) -> dict[str, str]:
+    """What leaves are that are not plain vectors, as `short` writes it."""
+    found = {name: short(layer) for name, layer in layers_of(*args, **options).items()}
+    return {name: kind for name, kind in found.items() if kind != "vector"}
+
+
+def short(layer: Layer) -> str:
+    """Such as "0 > 1 2", with batch axes in brackets and blocks after a star."""
+    inputs, outputs, batch = (" ".join(map(str, axes)) for axes in layer[1:4])
+    text = f"{inputs} > {outputs}" if layer.kind == "kernel" else layer.kind
+    return text + f" [{batch}]" * bool(batch) + f" *{layer.blocks}" * (layer.blocks > 1)
+
+
+def line_of(error: pytest.ExceptionInfo[ValueError]) -> str:
+    """The line that an error says to write."""
+    found = re.search(r"layers_of\(.*\)", str(error.value))
+    assert found
+    return found[0]

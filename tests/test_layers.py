@@ -1,6 +1,5 @@
-"""What each leaf is, in models of the real libraries; what is refused, and the line to write."""
+"""What each leaf is, in models of the real libraries."""
 
-import re
 from typing import Any
 
 import equinox as eqx
@@ -8,36 +7,15 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from common import shapes
+from common import line_of, said, shapes, short
 from flax import linen as nn
 from flax import nnx
 
-from optax_unitscale import Kernel, Layer, Layers, layers_of, layers_table
+from optax_unitscale import Kernel, layers_of
 from optax_unitscale.layers import layers_in
 
 KEY = jax.random.key(0)
-
-
-def said(*args: Any, **options: Any) -> dict[str, str]:
-    """What leaves are that are not plain vectors, as `short` writes it."""
-    found = {name: short(layer) for name, layer in layers_of(*args, **options).items()}
-    return {name: kind for name, kind in found.items() if kind != "vector"}
-
-
-def short(layer: Layer) -> str:
-    """Such as "0 > 1 2", with batch axes in brackets and blocks after a star."""
-    inputs, outputs, batch = (" ".join(map(str, axes)) for axes in layer[1:4])
-    text = f"{inputs} > {outputs}" if layer.kind == "kernel" else layer.kind
-    return text + f" [{batch}]" * bool(batch) + f" *{layer.blocks}" * (layer.blocks > 1)
-
-
-def line_of(error: pytest.ExceptionInfo[ValueError]) -> str:
-    """The line that an error says to write."""
-    found = re.search(r"layers_of\(.*\)", str(error.value))
-    assert found
-    return found[0]
 
 
 class Block(nnx.Module):
@@ -333,42 +311,6 @@ def test_depthwise_convolutions_are_known_by_types_and_refused_by_names():
     assert line_of(error) == line
 
 
-REFUSED: dict[str, Any] = {
-    "fused": {"qkv": shapes(kernel=(64, 3, 4, 16))},
-    "stack": {"ConvNeXt_0": shapes(kernel=(3, 16, 64))},
-    "stacked attention": {n: shapes(kernel=(3, 16, 16)) for n in ("query", "key", "value", "out")},
-    "stacked bias": shapes(bias=(3, 64)),
-    "stacked gain": shapes(scale=(3, 64)),
-    "stacked tokens": shapes(embedding=(3, 11, 16)),
-    "Equinox or PyTorch": shapes(weight=(64, 16)),
-    "one projection": {"out": shapes(kernel=(3, 32, 16))},
-    "transposed": {"ConvTranspose_0": shapes(kernel=(3, 3, 4, 8))},
-    "rank": {"Conv_0": shapes(kernel=(3, 64))},
-    "stacked convolution": {"conv1": shapes(kernel=(2, 3, 4, 8), bias=(2, 8))},
-}
-
-
-@pytest.mark.parametrize("tree", REFUSED.values(), ids=REFUSED)
-def test_what_can_be_several_things_is_refused(tree):
-    with pytest.raises(ValueError, match=r"^f: the name and the shape of these leaves") as error:
-        layers_in("f", None, {**tree, "known": shapes(kernel=(2, 2))})
-    for name in layers_of(tree, {"**": "vector"}):
-        assert f"\n  {name} (" in str(error.value)
-    assert "known" not in str(error.value)
-
-
-def test_lists_without_names_are_refused_with_the_names_of_keras():
-    arrays = [np.ones((3, 4)), np.ones(4), np.ones((4, 5))]
-    with pytest.raises(
-        ValueError, match=r"0 \(3, 4\)\n  2 \(4, 5\)\n[^`]*v.path: v.value"
-    ) as error:
-        layers_of(arrays)
-    line = '{"0": Kernel(inputs=0, outputs=1), "2": Kernel(inputs=0, outputs=1)}'
-    assert line_of(error) == f"layers_of(params, {line})"
-    overrides = {"0": Kernel(inputs=0, outputs=1), "2": Kernel(inputs=0, outputs=1)}
-    assert said(arrays, overrides) == {"0": "0 > 1", "2": "0 > 1"}
-
-
 def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
     class Tied(nnx.Module):
         def __init__(self, rngs):
@@ -379,71 +321,3 @@ def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
     (name,) = nnx.state(model, nnx.Param)
     assert said(model) == {f"{name}/embedding": "embedding"}
     assert said(model, {"*/embedding": Kernel(1, 0)}) == {f"{name}/embedding": "1 > 0"}
-
-
-ONE: Any = {"a": shapes(kernel=(6, 4), bias=(4,))}
-
-
-WRONG_AXES = [(0, 2), (0, 0), ((0, 1), -1), ((), ()), (True, 0), (0, 1, 3), (0, 1, 0)]
-
-
-@pytest.mark.parametrize("wrong", [*(Kernel(*axes) for axes in WRONG_AXES), "vectors", (0, 1)])
-def test_overrides_that_do_not_fit_are_refused(wrong):
-    is_kernel = isinstance(wrong, Kernel)
-    expected = "axes that a/kernel of shape (6, 4) has" if is_kernel else "a Kernel, 'embedding' or"
-    text = re.escape(f"layers_of: '**/kernel' is said to be {wrong!r}, expected {expected}")
-    with pytest.raises(ValueError if is_kernel else TypeError, match=text):
-        layers_of(ONE, {"**/kernel": wrong})
-
-
-def test_patterns_that_fit_nothing_or_what_is_no_stack_are_refused():
-    for argument in ("overrides", "stacked"):
-        text = re.escape(f"{argument} has ['b/**'], which no leaf fits. There are ['a/")
-        options: Any = {argument: {"b/**": 0}}
-        with pytest.raises(ValueError, match=text):
-            layers_of(ONE, **options)
-    text = "stacked has axis 0 for 'a/**', expected an axis of one size in ['a/bias (4,)', 'a/k"
-    with pytest.raises(ValueError, match=re.escape(text)):
-        layers_of(ONE, stacked="a/**")
-
-
-def test_layers_are_a_value_that_wrappers_leave_alone():
-    layers = layers_of(ONE)
-    assert layers == layers_of(ONE) == {"a/kernel": layers["a/kernel"], "a/bias": layers["a/bias"]}
-    assert hash(layers) == hash(layers_of(ONE))
-    seen: list[Any] = []
-
-    def transformation(rate, layers):
-        seen.append(layers)
-        return optax.scale(rate)
-
-    optax.inject_hyperparams(transformation)(0.1, layers).init(ONE)
-    assert all(isinstance(one, Layers) for one in seen)
-    # Leaves that are missing, masked or have no gradient need no entry, and others do.
-    part = {"a": {"kernel": ONE["a"]["kernel"], "bias": optax.MaskedNode()}, "n": np.arange(3)}
-    assert [path.name for path, *_ in layers_in("f", layers, part)] == ["a/kernel"]
-    overrides: Any = {"**/kernel": Kernel(1, 0), "**/bias": "vector"}
-    assert [short(layer) for *_, layer in layers_in("f", overrides, part)] == ["1 > 0"]
-    text = (
-        r"f: layers does not fit, it has \[.* for a/kernel \(2, 6, 4\).*, 'no entry for b \(3,\)'"
-    )
-    with pytest.raises(ValueError, match=text):
-        layers_in("f", layers, {"a": shapes(kernel=(2, 6, 4)), "b": np.ones(3)})
-
-
-def two_zeros(key, shape, dtype):
-    return jnp.zeros(shape, dtype).at[1].set(1)
-
-
-def test_the_table_says_what_each_leaf_gets_and_which_kernels_are_zero():
-    tree: Any = {"blocks": shapes(kernel=(3, 4, 16), bias=(3, 16)), "e": shapes(embedding=(9, 4))}
-    table = str(layers_table(layers_of(tree, stacked="blocks/**")))
-    assert [re.split("  +", line) for line in table.splitlines()[2:]] == [
-        ["blocks/bias", "(3, 16)", "vector", "1, batch 0", "a tenth of unit norm", "0.4"],
-        ["blocks/kernel", "(3, 4, 16)", "kernel", "1 → 2, batch 0", "orthogonal", "2"],
-        ["e/embedding", "(9, 4)", "embedding", "0 → 1", "unit rows", "2"],
-    ]
-    experts = nnx.Einsum("BED,EDF->BEF", (3, 4, 9), kernel_init=two_zeros, rngs=nnx.Rngs(0))
-    *_, last, caption = str(layers_table(experts)).splitlines()
-    assert re.split("  +", last)[-2:] == ["1.5", "zero at init: 2 of 3"]
-    assert caption == "zero at init: keep_norm passes it through"
