@@ -36,7 +36,7 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
 
 
 def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
-    shape = shapes[f"{module}/{leaf}" if module else leaf]
+    shape = shapes[_join(module, leaf)]
     above, _, own = module.rpartition("/")
     every = tuple(range(len(shape)))
     if "einsum" in own.lower():  # In which the output may come first.
@@ -46,16 +46,24 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     if own in (*PROJECTIONS, "out") and _is_attention(above, own, shapes):
         return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
     *_, n_in, n_out = shape
-    # One input is that of a depthwise convolution, or of a first layer that sees greys.
-    if _is_conv(own) and 3 <= len(shape) <= 5 and (n_in != 1 or n_out == 1):
-        return Kernel(every[:-1], every[-1])
-    return None
+    if n_in == 1 and n_out != 1:  # A depthwise convolution, or one that sees a single channel.
+        return None
+    # A bias of one axis shows that nothing is stacked, and which axis comes out.
+    bias = shapes.get(_join(module, "b" if leaf == "w" else "bias"))
+    if "transpose" in own.lower() and n_in == n_out:  # Either can be first.
+        return None
+    is_conv = _is_conv(own) and 3 <= len(shape) <= 5 and bias is None
+    return Kernel(every[:-1], every[-1]) if is_conv or bias == (n_out,) else None
+
+
+def _join(*names: str) -> str:
+    return "/".join(filter(None, names))
 
 
 def _is_conv(module: str) -> bool:
     """For Conv, Conv_0, conv1, conv2_d, conv_proj, and not for ConvNeXt or ConvTranspose."""
     words = module.lower().split("_")
-    is_any = any(re.fullmatch(r"conv\d*d?", word) for word in words)
+    is_any = any(re.fullmatch(r"conv(olution)?\d*d?", word) for word in words)
     return is_any and "transpose" not in words
 
 
@@ -66,7 +74,7 @@ def _is_attention(above: str, own: str, shapes: Mapping[str, Shape]) -> bool:
     """
 
     def shape_of(module: str, leaf: str = "kernel") -> Shape:
-        return shapes.get("/".join(filter(None, (above, module, leaf))), ())
+        return shapes.get(_join(above, module, leaf), ())
 
     if own != "out" and shape_of(own, "bias") == shape_of(own)[1:]:
         return True
@@ -90,9 +98,9 @@ def _gates(module: str, leaf: str, shapes: Mapping[str, Shape]) -> int:
     if re.search(r"(^|/)lstm(_\d+)?/linear$", module):  # Haiku's has its inputs side by side too.
         return 4
     if leaf in ("w_i", "w_h"):  # Haiku's GRU.
-        recurrent = shapes.get("/".join(filter(None, (module, "w_h"))), ())
+        recurrent = shapes.get(_join(module, "w_h"), ())
     elif own in ("dense_i", "dense_h"):  # Flax NNX.
-        recurrent = shapes.get("/".join(filter(None, (above, "dense_h", leaf))), ())
+        recurrent = shapes.get(_join(above, "dense_h", leaf), ())
     else:
         return 1
     is_recurrent = len(recurrent) == 2 and recurrent[1] % recurrent[0] == 0

@@ -1,5 +1,6 @@
 """Which gradient elements share a norm: scope, axis and labels."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Hashable
@@ -11,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from numpy.lib.array_utils import normalize_axis_tuple
 
+from optax_unitscale.mesh import partitions, reduced_as, without_reduced
 from optax_unitscale.norms import Reduction
 from optax_unitscale.paths import (
     Path,
@@ -96,9 +98,13 @@ def map_groups(
     rule: Callable[..., list[jax.Array]], plan: Plan, updates: Any, scalar: jax.typing.ArrayLike
 ) -> Any:
     """The updates with `rule(leaves, scalar, norm, over)` in the place of each group's leaves."""
-    leaves, groups = assign(plan, updates)
-    leaves = _map(leaves, scalar, rule=rule, norm=plan.norm, groups=groups)
-    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+    given, groups = assign(plan, updates)
+    leaves = [x if is_float0(x) else without_reduced(x) for x in given]
+    mapped = _map(leaves, scalar, rule=rule, norm=plan.norm, groups=groups)
+    for group in groups:
+        for i in group.leaves:
+            mapped[i] = reduced_as(given[i], mapped[i])
+    return jax.tree.unflatten(jax.tree.structure(updates), mapped)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "norm", "groups"), inline=True)
@@ -166,9 +172,9 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> tuple[list[Any], dic
     scope: Any = plan.scope
     if not isinstance(scope, (str, Prefix)):
         scope = scope(updates)
+        if not isinstance(scope, str) and is_one_leaf(scope) and not is_one_leaf(updates):
+            _check_scope(plan.caller, scope)
         if not isinstance(scope, str) or scope not in SCOPES:
-            if is_one_leaf(scope) and not is_one_leaf(updates):
-                _check_scope(plan.caller, scope)
             scope = Prefix(scope)
     if isinstance(scope, Prefix):
         return _labels_by_user(plan.caller, scope, updates, paths)
@@ -263,7 +269,7 @@ def _check_kept(
     """Leaves that share a norm must keep axes of one shape, split alike if meshes are explicit."""
     (path, x, axes), (first_path, first_x, first_axes) = member, first
     shape, first_shape = _kept(x.shape, axes), _kept(first_x.shape, first_axes)
-    split, first_split = (_kept(_split(caller, *m[:2]), m[2]) for m in (member, first))
+    split, first_split = (_kept(partitions(caller, *m[:2]), m[2]) for m in (member, first))
     if shape != first_shape:
         raise ValueError(
             f"{caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
@@ -280,20 +286,6 @@ def _check_kept(
 
 def _kept(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(value for i, value in enumerate(values) if i not in axes)
-
-
-def _split(caller: str, path: Path, x: jax.Array) -> tuple[Any, ...]:
-    """The explicit mesh axes that each axis is split over; () if there is no mesh."""
-    sharding = jax.typeof(x).sharding
-    if sharding.mesh.empty:
-        return ()
-    if sharding.spec.unreduced:
-        raise ValueError(
-            f"{caller}: {show(path)} is unreduced over {set(sharding.spec.unreduced)}: each device "
-            "has a part of the sum. Use jax.sharding.reshard first."
-        )
-    partitions = getattr(sharding.spec, "partitions", sharding.spec)  # Before JAX 0.10.
-    return (*partitions, *[None] * (x.ndim - len(partitions)))
 
 
 def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int, ...] | None]:
@@ -321,7 +313,9 @@ def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int
     return _Stacked(pattern, operator.index(axis))
 
 
-class _Stacked(NamedTuple):
+# No named tuple, which would be read as a tree of axes.
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
     pattern: str
     axis: int
 

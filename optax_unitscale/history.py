@@ -1,4 +1,4 @@
-"""Gradient norms recorded over steps: by layer, against the median layer, and what is amiss."""
+"""Norms recorded over steps: by layer, against the median layer, and what is amiss."""
 
 import math
 import re
@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from optax_unitscale.paths import some
 
 __all__ = ["FLAGS", "flag", "lines_of", "median_of", "norm_ratios"]
 
@@ -30,6 +32,7 @@ def norm_ratios(
       that is not finite. A norm of zero has ratio zero.
 
     Raises:
+      TypeError: as `plot_norms`.
       ValueError: as `plot_norms`.
 
     Examples:
@@ -47,15 +50,24 @@ def norm_ratios(
 
 def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
     """A float64 norm a step by layer, in natural order of their names."""
-    if not isinstance(history, Mapping):
+    if isinstance(history, Mapping):
+        _check_names(caller, "history", history)
+    elif isinstance(history, Iterable) and not hasattr(history, "shape"):
         history = list(history)
+        for step, norms in enumerate(history):
+            _check_names(caller, f"step {step}", norms)
+    else:
+        raise TypeError(
+            f"{caller}: history has type {type(history).__name__}, expected a list of a dict of "
+            "norms by name for each step, or one dict of arrays over the steps."
+        )
     # All at once, for otherwise each norm would wait for its own way from the device.
     history = jax.device_get(history)
     if not isinstance(history, Mapping):
         history = _stack(caller, history)
     lines: dict[str, np.ndarray] = {}
     for name in sorted(history, key=_natural):
-        values = np.asarray(history[name], np.float64)
+        values = _floats(caller, name, history[name])
         if values.ndim == 0:
             raise ValueError(
                 f"{caller}: history[{name!r}] is one number, expected one a step. Put the dict of "
@@ -88,16 +100,40 @@ def flag(norm: float, ratio: float) -> str:
     return "vanished" if ratio < VANISHED else "exploded" if ratio > EXPLODED else ""
 
 
+def _check_names(caller: str, where: str, norms: Any) -> None:
+    if not isinstance(norms, Mapping):
+        raise TypeError(
+            f"{caller}: {where} has type {type(norms).__name__}, expected a dict of norms by name."
+        )
+    odd = [name for name in norms if not isinstance(name, str)]
+    if odd:
+        raise TypeError(
+            f"{caller}: {where} has norms named {some(odd)}, expected strings. Take the names "
+            "that gradient_norms gives, or str(name)."
+        )
+
+
+def _floats(caller: str, name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{caller}: the norm of {name!r} has type {type(value).__name__}, expected a number or "
+            "an array. Flatten dicts of dicts to names such as 'blocks/0/kernel'."
+        ) from None
+
+
 def _stack(caller: str, history: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     stacked: dict[str, np.ndarray] = {}
+    first = set(history[0]) if history else set()
     for step, norms in enumerate(history):
-        if set(norms) != set(history[0]):
+        if set(norms) != first:
             raise ValueError(
-                f"{caller}: step {step} has norms of {sorted(norms)}, step 0 of "
-                f"{sorted(history[0])}, expected the same. Pass them separately."
+                f"{caller}: steps 0 and {step} have different names, expected the same: only one "
+                f"of the two has {some(sorted(first ^ set(norms)))}. Pass them separately."
             )
     for name in history[0] if history else ():
-        values = [np.asarray(norms[name], np.float64) for norms in history]
+        values = [_floats(caller, name, norms[name]) for norms in history]
         shapes = list(dict.fromkeys(value.shape for value in values))
         if len(shapes) > 1:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from optax_unitscale.overrides import (
     override_of,
     stacked_axes,
 )
-from optax_unitscale.paths import Path, flatten, some
+from optax_unitscale.paths import Path, flatten, places, some
 from optax_unitscale.unknown import explain
 
 __all__ = ["Kernel", "Layer", "Layers", "layers_in", "layers_of"]
@@ -78,6 +78,15 @@ class Layers(Mapping[str, Layer]):
     def __hash__(self) -> int:
         """Of the layers, as equality is."""
         return hash(frozenset(self._layers.items()))
+
+    def map(self, function: Callable[[Layer | None], Any], tree: Any) -> Any:
+        """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
+
+        It gives masks and labels for other transformations, such as Adam for all but kernels
+        ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
+        """
+        values = [function(self._layers.get(path.name)) for path, _ in flatten(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     def __repr__(self) -> str:
         """As a dict."""
@@ -205,9 +214,8 @@ def _find(
     parameters, modules_around = open_model(model)
     leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
-    # Also those that None or optax.MaskedNode stands for.
-    places = [path.name for path, _ in flatten(parameters, lambda x: not jax.tree.leaves(x))]
-    check_patterns(caller, "overrides", overrides, places)
+    if overrides:
+        check_patterns(caller, "overrides", overrides, places(parameters))
     stacks = stacked_axes(caller, stacked, shapes)
     single = {name: _without(shape, stacks[name]) for name, shape in shapes.items()}
     modules = {path.name: modules_around(path) for path, _ in leaves}
@@ -235,7 +243,8 @@ def _find(
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:
-        raise ValueError(explain(caller, unknown, shapes, {n for n in said if said[n]}, by_name))
+        typed = {name for name, own in said.items() if own and own.kind}
+        raise ValueError(explain(caller, unknown, shapes, typed, by_name))
     return [(path, x, found[path.name]) for path, x in leaves]
 
 

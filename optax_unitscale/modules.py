@@ -19,12 +19,12 @@ class Declared(NamedTuple):
     """What a module says of a leaf: axes and sizes are those of one layer, not of a stack.
 
     Attributes:
-      kind: its axes count within `sizes`.
+      kind: its axes count within `sizes`; None where it cannot be told.
       sizes: the shape; None where the module does not say it.
       batch: a vector's batch axes.
     """
 
-    kind: Kind
+    kind: Kind | None
     sizes: tuple[int | None, ...]
     batch: tuple[int, ...] = ()
 
@@ -49,16 +49,26 @@ def _along_graph(modules: dict[tuple[Any, ...], Any], path: Path) -> list[Any]:
 
 
 def _along_tree(tree: Any, path: Path) -> list[Any]:
-    nodes = [tree] if path.keys else []
+    if not path.keys or "equinox" not in sys.modules:
+        return []
+    nodes = [tree]
     for key in path.keys[:-1]:
-        match key:
-            case GetAttrKey(name=name):
-                nodes.append(getattr(nodes[-1], name, None))
-            case SequenceKey(idx=key) | DictKey(key=key):
-                nodes.append(nodes[-1][key])
-            case _:
-                nodes.append(None)
+        try:
+            nodes.append(_child(nodes[-1], key))
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return []  # A container that says nothing of how to find what is in it.
     return nodes
+
+
+def _child(node: Any, key: Any) -> Any:
+    match key:
+        case GetAttrKey(name=name):
+            return getattr(node, name)
+        case SequenceKey(idx=index):
+            return node[index]
+        case DictKey(key=name):
+            return node[name]
+    raise KeyError(key)
 
 
 def is_equinox(modules: list[Any]) -> bool:
@@ -103,14 +113,15 @@ def _linear_general(m: Any) -> dict[str, Declared]:
 
 
 def _einsum(m: Any) -> dict[str, Declared]:
-    said = {"bias": Declared("vector", tuple(m.bias_shape or ()))}
-    operands, _, result = (m.einsum_str or "").replace(" ", "").partition("->")
+    operands, _, result = m.einsum_str.replace(" ", "").partition("->")
     given, _, kernel = operands.partition(",")
     inputs = tuple(i for i, axis in enumerate(kernel) if axis in given and axis not in result)
     outputs = tuple(i for i, axis in enumerate(kernel) if axis in result and axis not in given)
-    if inputs + outputs and "." not in kernel:
-        said["kernel"] = Declared(Kernel(inputs, outputs), tuple(m.kernel_shape))
-    return said
+    is_clear = inputs + outputs and "." not in kernel
+    return {
+        "kernel": Declared(Kernel(inputs, outputs) if is_clear else None, tuple(m.kernel_shape)),
+        "bias": Declared("vector", tuple(m.bias_shape or ())),
+    }
 
 
 def _conv(m: Any) -> dict[str, Declared]:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_unitscale.mesh import varying_axes
+
 __all__ = ["Norm", "Reduction", "divide", "norm_of"]
 
 
@@ -253,12 +255,8 @@ def _sign(x: jax.Array) -> jax.Array:
 
 
 def _mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
-    """The mesh axes that a leaf is split over, which JAX knows in `shard_map(check_vma=True)`."""
-    if over.mesh_axes is not None:
-        return over.mesh_axes
-    aval = jax.typeof(x)
-    varying = aval.mat.varying if hasattr(aval, "mat") else aval.vma  # Before JAX 0.10.
-    return tuple(sorted(varying, key=str))
+    """The mesh axes that a leaf is split over."""
+    return varying_axes(x) if over.mesh_axes is None else over.mesh_axes
 
 
 def _count(over: tuple[Reduction, ...], leaves: Sequence[jax.Array]) -> Any:

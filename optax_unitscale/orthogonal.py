@@ -14,9 +14,10 @@ import optax
 from jax import lax
 
 from optax_unitscale.layers import Layer, Layers, layers_in
-from optax_unitscale.mesh import Stack, spread, varying
+from optax_unitscale.mesh import varying_axes
 from optax_unitscale.norms import Norm, Reduction, divide, norm_of
 from optax_unitscale.paths import check_dtype, gradients, show
+from optax_unitscale.spread import Stack, spread
 
 __all__ = ["orthogonalize"]
 
@@ -91,7 +92,7 @@ def orthogonalize(
             for path, _ in flat
         )
         for (path, x), layer in zip(flat, kinds, strict=True):
-            if layer and (axes := varying(x)):
+            if layer and (axes := varying_axes(x)):
                 raise ValueError(f"orthogonalize: {show(path)} {axes}")
         leaves = _orthogonalize(
             [x for _, x in flat], kinds=kinds, triples=triples, is_aol=coefficients == "aol"

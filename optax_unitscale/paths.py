@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 MOST_NAMES = 20
+_VALUE = (GetAttrKey("value"),)
 
 
 class Path(NamedTuple):
@@ -52,17 +53,16 @@ class Prefix:
     The prefix may also be flat, with names such as "dense/kernel" for keys.
     """
 
-    def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
-        self.entries = [(path.names, value) for path, value in flatten(tree, is_leaf)]
+    def __init__(
+        self,
+        tree: Any,
+        is_leaf: Callable[[Any], bool] | None = None,
+        read: Callable[[tuple[str, ...], Any], Any] = lambda names, value: value,
+    ):
+        flat = flatten(tree, is_leaf)
+        self.entries = [(path.names, read(path.names, value)) for path, value in flat]
         self._exact = dict(self.entries)
         self._joined = {join(names): value for names, value in self.entries}
-
-    def map(self, function: Callable[[tuple[str, ...], Any], Any]) -> "Prefix":
-        new = Prefix(())
-        new.entries = [(n, function(n, v)) for n, v in self.entries]
-        new._exact = dict(new.entries)
-        new._joined = {join(n): v for n, v in new.entries}
-        return new
 
     def find(self, names: tuple[str, ...]) -> tuple[bool, Any]:
         """The value that stands at a leaf or above it, and whether there is one."""
@@ -98,12 +98,10 @@ def _ancestors(name: str) -> list[str]:
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths."""
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
-    siblings = collections.Counter(keys[:-1] for keys, _ in flat)
+    boxes = _boxes(tree, is_leaf) if any(keys[-1:] == _VALUE for keys, _ in flat) else set()
     every = []
     for keys, _ in flat:
-        # NNX variables and Linen's boxes put their one value behind a `.value` no user wrote.
-        is_box = keys[-1:] == (GetAttrKey("value"),) and siblings[keys[:-1]] == 1
-        shown = keys[:-1] if is_box else keys
+        shown = keys[:-1] if keys[-1:] == _VALUE and keys[:-1] in boxes else keys
         every.append(tuple(keystr((key,), simple=True) for key in shown))
     counts = collections.Counter(map(join, every))
     paths = []
@@ -113,6 +111,19 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
             name = join(tuple(repr(part) if "/" in part else part for part in names))
         paths.append(Path(keys, names, name))
     return [(path, value) for path, (_, value) in zip(paths, flat, strict=True)]
+
+
+def _boxes(tree: Any, is_leaf: Callable[[Any], bool] | None) -> set[KeyPath]:
+    """Where nodes are whose only child is `.value`, as NNX's variables and Linen's boxes have."""
+    # Subtrees without leaves are children too.
+    flat, _ = tree_flatten_with_path(
+        tree, is_leaf=lambda x: (is_leaf and is_leaf(x)) or not jax.tree.leaves(x, is_leaf=is_leaf)
+    )
+    children: dict[KeyPath, set[Any]] = collections.defaultdict(set)
+    for keys, _ in flat:
+        for depth, key in enumerate(keys):
+            children[keys[:depth]].add(key)
+    return {keys for keys, below in children.items() if len(below) == 1}
 
 
 def places(updates: Any) -> list[str]:

@@ -1,10 +1,12 @@
 """`norms_table` and `plot_norms`: the gradient norms of any training loop, to look at.
 
-Both need the extra `plot`, `pip install 'optax-unitscale[plot]'`; nothing else here does.
+The table needs rich and the picture Matplotlib, which nothing else here does.
 """
 
 import contextlib
+import functools
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,22 +50,23 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
         median and largest norm.
 
     Returns:
-      A `rich.table.Table`, which a notebook shows as it is and `rich.print` in a terminal. Its
-      lines are the layers in natural order, with their norm, its ratio to the median, and the flag.
+      A `rich.table.Table`, which a notebook shows as it is, `print` as text and `rich.print` in
+      colour. Its lines are the layers in natural order, with their norm, its ratio to the median,
+      and the flag.
 
     Raises:
       ModuleNotFoundError: rich is not installed.
-      TypeError: `norms` is not the dict of one step.
+      TypeError: `norms` is not the dict of one step, its names are not strings, or its values
+        neither numbers nor arrays.
       ValueError: `norms` is empty.
 
     Examples:
-      One line in a notebook is ``norms_table(optax.tree.get(state, "grad_norms"))``, for a state
-      that `optax.snapshot` keeps as in `gradient_norms`.
+      One line in a notebook is ``norms_table(recorded_norms(opt_state, params))``, for a state
+      that `record_norms` keeps.
 
-      >>> import rich
       >>> from optax_unitscale import norms_table
       >>> norms = {"layers/2": 3.0, "layers/10": 2.0, "layers/1": 4e-9, "head": 0.0}
-      >>> rich.print(norms_table(norms))  # doctest: +NORMALIZE_WHITESPACE
+      >>> print(norms_table(norms))
       layer        norm   / median   flag
       ───────────────────────────────────────
       head            0          0   dead
@@ -82,9 +85,12 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     ratios = norm_ratios([norms])
     with _extra("norms_table"):
         from rich import box
-        from rich.table import Table
         from rich.text import Text
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left")
+
+        table_class = _printed_table()
+    table = table_class(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
+    )
     table.add_column("layer", overflow="fold")
     for heading in ("norm", "/ median"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -102,13 +108,33 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     return table
 
 
+@functools.cache
+def _printed_table() -> "type[Table]":
+    from rich.console import Console
+    from rich.table import Table
+
+    class PrintedTable(Table):
+        """Rich's tables are shown by `rich.print` and in notebooks; this one by `print` too."""
+
+        def __repr__(self) -> str:
+            # Where no terminal is, a log, names need not be folded.
+            width = shutil.get_terminal_size((200, 50)).columns
+            console = Console(color_system=None, force_jupyter=False, width=width)
+            with console.capture() as capture:
+                console.print(self)
+            return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+
+    return PrintedTable
+
+
 def plot_norms(
     history: Iterable[Mapping[str, Any]] | Mapping[str, Any],
     *,
     axes: "Axes | None" = None,
     colorbar: bool = True,
+    label: str = "gradient norm",
 ) -> "Axes":
-    """A heat map of the gradient norms, layer by step, on a logarithmic scale.
+    """A heat map of gradient norms or of `step_ratios`, layer by step, on a logarithmic scale.
 
     White is a norm of zero, red one that is not finite. The scale spans a decade or more, and
     leaves out one norm in two hundred at either end, which then has the colour of that end.
@@ -121,19 +147,21 @@ def plot_norms(
         there are more layers than lines of text, every second, third, … is named.
       colorbar: whether to draw the scale. To share one among several axes, set the same limits by
         ``axes.images[0].set_clim``.
+      label: what the scale is of, such as "step ratio".
 
     Returns:
       The Matplotlib axes; ``plot_norms(history).figure.savefig("norms.png")`` writes a file.
 
     Raises:
       ModuleNotFoundError: Matplotlib is not installed.
+      TypeError: `history` is neither dicts of norms nor a dict of arrays, its names are not
+        strings, or its values neither numbers nor arrays.
       ValueError: there are no steps or no norms, the steps differ in names or shapes, a number
         stands where one a step is expected, or `axes` belong to no figure.
 
     Examples:
       One line in a notebook is ``plot_norms(history)``, after a loop that did
-      ``history.append(jax.device_get(optax.tree.get(state, "grad_norms")))`` each step: a copy,
-      for Flax NNX writes the next step's over them, and donation deletes them.
+      ``history.append(recorded_norms(opt_state, params))`` each step.
 
       >>> from matplotlib.figure import Figure
       >>> from optax_unitscale import plot_norms
@@ -165,7 +193,8 @@ def plot_norms(
     extent = (0.5, wide * norms.shape[1] + 0.5, len(names) - 0.5, -0.5)
     layout: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
     positive = np.ma.masked_where(~((norms > 0) & np.isfinite(norms)), norms)
-    seen = positive.compressed()
+    # Near the ends of float64 Matplotlib has no limits and no ticks.
+    seen = positive.compressed().clip(1e-200, 1e200)
     low = np.quantile(seen, 0.005, method="lower") if seen.size else 1.0
     high = np.quantile(seen, 0.995, method="higher") if seen.size else 1.0
     # A decade at least, or the slightest noise would show all colours.
@@ -184,7 +213,7 @@ def plot_norms(
     if colorbar:
         below, above = bool((seen < low).any()), bool((seen > high).any())
         extend = "both" if below and above else "min" if below else "max" if above else "neither"
-        figure.colorbar(image, ax=axes, extend=extend, label="gradient norm")
+        figure.colorbar(image, ax=axes, extend=extend, label=label)
     return axes
 
 
@@ -217,6 +246,5 @@ def _extra(caller: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{caller}: {error.name} is not installed. Install it: "
-            "pip install 'optax-unitscale[plot]'"
+            f"{caller}: {error.name} is not installed. Install it: pip install {error.name}"
         ) from error

@@ -16,7 +16,7 @@ def unit_scale(
     # Editors complete the literals; `str` and `Any` admit what is only known when called.
     norm: Literal["l2", "rms", "l1", "linf"] | str = "l2",
     *,
-    scope: Literal["leaf", "global"] | Any = "leaf",
+    scope: Literal["leaf", "layer", "global"] | Any = "leaf",
     axis: Any = None,
     min_norm: jax.typing.ArrayLike = 0.0,
     axis_name: Any = None,
@@ -34,24 +34,22 @@ def unit_scale(
     Args:
       norm: what is 1 afterwards, over the n elements of a group: "l2", the Euclidean norm; "rms",
         the root mean square, l2/√n; "l1", the sum of absolute values; "linf", the largest.
-      scope: which leaves share a norm. "leaf": none, each has its own. "global": all. Or labels as
-        in `optax.partition`: a pytree prefix of the updates with a hashable label at each leaf, or
-        a callable from the updates to one; leaves of equal label share a norm.
-      axis: which axes of a leaf the norm runs over; every index of the others is a group of its
-        own. None (all axes), an int, a tuple of ints, a pytree prefix of these, or a callable
-        `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For layers stacked along
-        axis 0 by a scan, `lambda path, x: tuple(range(1, x.ndim))`. Leaves that share a norm must
-        keep equal axes, split alike where mesh axes are explicit.
+      scope: which leaves share a norm. "leaf": each has its own. "layer": those of one module, a
+        kernel and its bias, which differ in the last name of their path only. "global": all. Or
+        labels as in `optax.partition`: leaves of equal label share a norm. Labels are a pytree
+        prefix of the updates, a dict with names such as "dense/kernel" for keys, or a callable
+        from the updates to either.
+      axis: which axes of a leaf the norm runs over; every index of the others has a norm of its
+        own. None (all axes), an int, a tuple of ints, a pytree prefix or dict of these as for
+        `scope`, or a callable `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For
+        layers stacked by a scan there is `stacked("blocks/**")`. Leaves that share a norm must
+        keep axes of one shape, split alike where mesh axes are explicit.
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
         constant learning rate can converge. Beyond 1e36/√n in float32 the update may be 0.
       axis_name: mesh axes that a norm runs over inside `jax.shard_map` or `jax.pmap`, that is,
         those that split an axis which `axis` reduces: a name, a tuple of names, () for none, or a
-        callable `(path, leaf) -> names`. None asks JAX over which the leaf is split. It knows in
-        `jax.shard_map` with `check_vma=True`, where a leaf whose kept axis is split needs
-        `axis_name`, or other slices' norms are added to its own. It never knows in `jax.pmap` or
-        with `check_vma=False`: there None lets every device divide by the norm of its own part.
-        Under `jax.jit` alone nothing is needed.
+        callable `(path, leaf) -> names`. Under `jax.jit` alone nothing is needed. See Notes.
 
     Returns:
       A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
@@ -60,24 +58,39 @@ def unit_scale(
     Raises:
       NameError: `axis_name` is no mesh axis around the call.
       TypeError: a leaf is neither floating nor complex; `axis` is traced or not integers;
-        `min_norm` is not a real number; an argument cannot be hashed.
-      ValueError: `norm`, `scope` or `min_norm` is unknown or out of range, or labels or axes do not
-        fit the updates.
+        `min_norm` is not a real number; a label cannot be hashed.
+      ValueError: `norm`, `scope` or `min_norm` is unknown or out of range; labels or axes do not
+        fit the updates; a leaf is unreduced over a mesh axis.
 
     Numerics:
-      Sums are accumulated in float32, or float64 for float64 and complex128, at a power-of-two
-      scale where squares would overflow or be lost; on CPU, those of leaves of less than 4096
-      elements (of one shape, on one device: 16384), and on GPU those over rows, in float64 where
-      float32 is not wide enough, which needs no scale. There is no epsilon.
       The norm of the result is 1 within a few units of the leaf's precision for every element in
-      the dtype's normal range. Subnormal elements are zero where the platform flushes them, as XLA
-      does on CPU; elsewhere a norm below the smallest normal number is taken as that. A power of
-      two times a gradient gives the same update: bit for bit while no square leaves the normal
-      range, else to within 3 units of precision. A group of zeros stays zero; one with NaN or an
+      the dtype's normal range. There is no epsilon. Sums are accumulated in float32, or in float64
+      where the group holds float64 or complex128, at a power-of-two scale where squares would
+      overflow or vanish; on CPU, leaves with less than 4096 elements are summed in float64.
+
+      A plain sum of n equal elements can be off by up to n units where XLA adds one after the
+      other, as on CPU it does where kept axes lie between the summed ones, where a leaf has nine
+      axes or more, and before JAX 0.10.2 in three axes or more. Seen: 81 units for equal elements
+      of (8192, 2, 16) over the outer axes, 3 for normal samples; where XLA adds in a tree, 1.
+
+      Subnormal elements are zero where the platform flushes them, as XLA does on CPU; elsewhere a
+      norm below the smallest normal number may lose bits. A power of two times a gradient gives
+      the same update to within 3 units. A group of zeros stays zero. A group with NaN or an
       infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it. The derivative is
-      :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and bfloat16 the elements are
+      :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and bfloat16 elements are
       rounded once: a million of them in unit l2 norm are near 1e-3 each, and what is below 6e-5
       loses bits in float16. Prefer "rms" there.
+
+    Notes:
+      `axis_name=None` asks JAX over which mesh axes a leaf varies. JAX knows in `jax.shard_map`
+      with `check_vma=True`. It never knows in `jax.pmap` or with `check_vma=False`: there every
+      device would divide by the norm of its own part, so name the axes.
+
+      A leaf may vary over an axis that the norm must not run over. One is a leaf whose kept axis
+      is split. Another is a leaf that `lax.all_gather(…, tiled=True)` made whole on each device:
+      JAX cannot tell it from a split one, its norm counts once a device, and the update of 8
+      devices has norm 0.354 = 1/√8. Give `axis_name=()` for such leaves, or gather by
+      `lax.all_gather(…, to="invarying")` where JAX has it.
 
     Examples:
       J(θ) = θ² from θ = 1 with a learning rate of 0.1 steps to 0.9, where plain gradient descent

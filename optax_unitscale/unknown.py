@@ -55,7 +55,7 @@ def explain(
 
 
 def _is_depthwise(name: str, shape: Shape) -> bool:
-    return "conv" in name.lower() and len(shape) > 2 and shape[-2:-1] == (1,)
+    return name.endswith(("kernel", "w")) and len(shape) > 2 and shape[-2:-1] == (1,)
 
 
 def _doubt(name: str, shape: Shape) -> str:
@@ -68,7 +68,8 @@ def _pattern(name: str, unknown: Sequence[str], shapes: Mapping[str, Shape]) -> 
     numbered = "/".join("*" if part.isdigit() else part for part in name.split("/"))
     for pattern in (f"**/{own}/{leaf}", numbered):
         fits = [other for other in shapes if matches(pattern, other)]
-        if all(n in unknown and len(shapes[n]) == len(shapes[name]) for n in fits) and own:
+        is_fit = all(n in unknown and len(shapes[n]) == len(shapes[name]) for n in fits)
+        if is_fit and own and not own.isdigit():
             return pattern
     return name
 
@@ -80,7 +81,7 @@ def _example(name: str, shape: Shape) -> str:
         return '"vector"'
     if leaf.startswith("pos") or "embed" in leaf:
         return '"embedding"'
-    if "conv" in name.lower():
+    if _is_depthwise(name, shape) or "conv" in name.lower():
         blocks = f", blocks={shape[last]}" if _is_depthwise(name, shape) else ""
         return f"Kernel(inputs={tuple(inputs)}, outputs={last}{blocks})"
     outputs = tuple(range(1, last + 1)) if last > 1 else last

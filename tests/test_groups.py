@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from common import scaled
 from flax import core, nnx
 from flax import linen as nn
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import gradient_norms, stacked, unit_scale
 
 # A sum, its root, its reciprocal and the product.
 RTOL = 4 * 2.0**-23
@@ -220,3 +221,53 @@ def test_numpy_integers_are_axes_like_any_other():
     x = jnp.asarray(sample(2, 3, 4))
     for axis, same in [(np.int64(0), 0), ((2, np.int32(0)), (0, 2)), (0, 0)]:
         check_same(scaled(x, axis=axis), scaled(x, axis=same))
+
+
+def test_a_model_that_can_be_called_is_a_tree_of_labels_and_of_axes():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    gradient = eqx.filter(model, eqx.is_inexact_array)
+    labels = jax.tree.map(lambda x: "kernels" if x.ndim == 2 else "biases", gradient)
+    check_same(scaled(gradient, scope=labels), scaled(gradient, scope=lambda _: labels))
+    axes = jax.tree.map(lambda x: x.ndim - 1, gradient)
+    check_same(scaled(gradient, axis=axes), scaled(gradient, axis=lambda path, x: x.ndim - 1))
+
+
+def test_labels_and_axes_may_be_flat_with_the_names_that_gradient_norms_gives():
+    for tree in (TREE, {"mlp/~/linear_0": {"w": sample(2, 3), "b": sample(3)}}):
+        names = list(gradient_norms(tree))
+        flat = {name: name for name in names}
+        assert list(gradient_norms(tree, scope=flat)) == names
+        check_same(scaled(tree, scope=flat), scaled(tree))
+        by_row = dict.fromkeys(names, -1)
+        check_same(scaled(tree, axis=by_row), scaled(tree, axis=-1))
+
+
+def test_names_that_hold_a_slash_are_quoted_where_they_would_collide():
+    tree = {"a/b": sample(2), "a": {"b": sample(3)}, "c/d": {"e": sample(4)}}
+    assert set(gradient_norms(tree)) == {"'a/b'", "a/b", "c/d/e"}
+
+
+def test_leaves_of_one_module_share_a_norm_in_scope_layer():
+    for tree in (TREE, {"mlp/~/linear_0": TREE["layer"], "head": {"w": TREE["head"]}}):
+        result = scaled(tree, scope="layer")
+        for part in ("layer", "mlp/~/linear_0"):
+            if part in tree:
+                exact = oracle.unit(jax.tree.leaves(tree[part]), "l2")
+                check_same(jax.tree.leaves(result[part]), [x.astype(float) for x in exact])
+    assert set(gradient_norms(TREE, scope="layer")) == {"updates", "layer"}
+    norms = gradient_norms(nnx.state(NNXModel(), nnx.Param), scope="layer")
+    assert list(norms) == ["dense"]
+    stack = {"blocks": {"kernel": sample(2, 3, 4), "bias": sample(2, 4)}, "head": {"w": sample(3)}}
+    norms = gradient_norms(stack, scope="layer", axis=stacked("blocks/**"))
+    assert {name: norm.shape for name, norm in norms.items()} == {"blocks": (2,), "head": ()}
+
+
+def test_stacked_layers_have_their_own_norms_along_the_axis_that_is_named():
+    tree = {"decoder": {"layers": {"kernel": sample(3, 2, 4)}}, "head": sample(4)}
+    norms = gradient_norms(tree, axis=stacked("**/layers/**", axis=1))
+    kernel = tree["decoder"]["layers"]["kernel"].astype(np.float64)
+    expected = np.sqrt(np.sum(kernel**2, (0, 2)))
+    check_same(norms["decoder/layers/kernel"], expected)
+    assert norms["head"].shape == ()
+    masked = tree | {"decoder": optax.MaskedNode()}
+    assert list(gradient_norms(masked, axis=stacked("decoder/**", axis=1))) == ["head"]

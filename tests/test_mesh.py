@@ -164,3 +164,21 @@ def test_beside_a_leaf_on_a_mesh_one_may_be_on_none():
     expected = scaled(tree, scope="global", axis=1)
     for other in (tree["b"], jnp.asarray(tree["b"])):
         check_same(scaled({"a": split, "b": other}, scope="global", axis=1), expected)
+
+
+def test_a_leaf_with_reduced_axes_keeps_them_and_an_unreduced_one_is_refused():
+    def multiply(x, y):
+        return jnp.einsum("ij,jk->ik", x, y, out_sharding=P(None, None, unreduced={"a"}))
+
+    with jax.set_mesh(make_mesh(AxisType.Explicit)):
+        x = jax.device_put(jnp.ones((8, 4)), P(None, "b", reduced={"a"}))
+        assert abs(float(gradient_norms(x)["updates"]) - 32**0.5) < 1e-6
+        for axis in (None, 0, (1,)):
+            result = jax.jit(lambda x, axis=axis: scaled(x, axis=axis))(x)
+            assert result.sharding == x.sharding
+            check_same(result, scaled(np.ones((8, 4), np.float32), axis=axis))
+        sides = jax.device_put(jnp.ones((8, 8)), P(None, "a")), jax.device_put(x, P("a"))
+        unreduced = jax.jit(multiply)(*sides)
+        for call in (scaled, gradient_norms):
+            with pytest.raises(ValueError, match=r"is unreduced over .*jax\.sharding\.reshard first"):
+                call(unreduced)

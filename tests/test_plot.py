@@ -89,6 +89,12 @@ def test_a_long_name_is_folded_and_loses_nothing():
     assert any("1e-09" in line and "vanished" in line for line in lines)
 
 
+def test_print_shows_the_table():
+    printed = f"{norms_table({'a': 1.0, 'b': 0.0})}"
+    assert printed.splitlines()[0].split() == ["layer", "norm", "/", "median", "flag"]
+    assert printed.endswith("\nb          0          0   dead\n2 norms, median 1\n1 dead")
+
+
 def test_a_notebook_shows_the_table_as_html():
     bundle = norms_table({"a": 1.0, "b": 0.0})._repr_mimebundle_(include=[], exclude=[])
     assert "dead" in bundle["text/html"]
@@ -149,7 +155,10 @@ def test_a_rare_spike_does_not_stretch_the_scale_but_shows():
 
 def test_zero_is_white_and_what_is_not_finite_red():
     history = [{"a": 1.0, "b": 0.0}, {"a": np.nan, "b": 2.0}, {"a": None, "b": np.inf}]
-    axes = plot_norms(history)
+    axes = plot_norms(history, label="step ratio")
+    colorbar = axes.images[0].colorbar
+    assert colorbar is not None
+    assert colorbar.ax.get_ylabel() == "step ratio"
     red, white = to_rgba("red"), to_rgba("white")
     seen = pixels(axes)
     np.testing.assert_allclose(seen[[0, 0, 1], [1, 2, 2]], [red] * 3)
@@ -158,6 +167,14 @@ def test_zero_is_white_and_what_is_not_finite_red():
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["zero", "not finite"]
     assert plot_norms([{"a": 1.0}]).get_legend() is None
+
+
+@pytest.mark.parametrize("norm", [5e-324, 1e-45, 1.7e308])
+def test_nothing_but_the_least_or_the_largest_is_a_picture_too(norm):
+    axes = plot_norms({"a": np.full(3, norm)})
+    assert (pixels(axes)[0] == pixels(axes)[0, 0]).all()
+    low, high = axes.images[0].get_clim()
+    np.testing.assert_allclose(high / low, 10)
 
 
 def test_nothing_but_zeros_is_a_picture_too():
@@ -224,6 +241,6 @@ def test_a_picture_in_given_axes_opens_no_figure_and_can_share_a_scale():
 def test_without_the_extra_the_error_says_what_to_install(missing, call, monkeypatch):
     # None is how Python marks a module that cannot be imported.
     monkeypatch.setitem(sys.modules, missing, None)
-    message = rf": {missing} is not installed. Install it: pip install 'optax-unitscale\[plot\]'"
+    message = rf": {missing} is not installed. Install it: pip install {missing}$"
     with pytest.raises(ModuleNotFoundError, match=message):
         call()

@@ -1,5 +1,7 @@
 """Inside `jax.shard_map` and `jax.pmap` a norm runs over the devices that a leaf is split over."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,23 @@ def test_shard_map_sums_split_leaves_and_only_those(scope, check_vma, norm):
         result, norms = update(tree)
         check_same(result, scaled(tree, norm, scope=scope))
         check_same(norms, gradient_norms(tree, norm, scope=scope))
+
+
+def test_a_gathered_leaf_has_unit_norm_with_either_of_the_two_cures():
+    x = jnp.asarray(draw((8, 3)))
+
+    def norm_with(gathering=(), out_specs=None, **options):
+        def update(part):
+            whole = lax.all_gather(part, "a", tiled=True, **dict(gathering))
+            return scaled(whole, **options)
+
+        return float(jnp.linalg.norm(shard_map(update, P("a"), out_specs or P("a"))(x)[:8]))
+
+    # The symptom: each of the four devices counts the whole.
+    assert abs(norm_with() - 0.5) < 1e-6
+    assert abs(norm_with(axis_name=()) - 1) < 1e-6
+    if "to" in inspect.signature(lax.all_gather).parameters:
+        assert abs(norm_with({"to": "invarying"}, P()) - 1) < 1e-6
 
 
 def test_axes_left_to_the_compiler_inside_shard_map_are_summed_too():

@@ -13,7 +13,7 @@ import pytest
 from common import EMPTY, NORMS, compilations, scaled
 from jax import export, lax
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import clip_norm, gradient_norms, unit_scale
 
 
 def sample(*shape: int, dtype: Any = "float32", seed: int = 0) -> jax.Array:
@@ -129,14 +129,15 @@ def test_below_a_min_norm_without_bound_all_is_zero():
 
 def test_sizes_that_jax_export_leaves_open_are_normed():
     leaf = jax.ShapeDtypeStruct(export.symbolic_shape("n, 3"), jnp.float32)
-    program = export.export(jax.jit(lambda x: (scaled(x), scaled(x, "l1", axis=0))))(leaf)
+    program = export.export(
+        jax.jit(lambda x: (scaled(x), scaled(x, "rms"), scaled(x, "l1", axis=0)))
+    )(leaf)
     for n in (1, 5, 3000):
         gradient = np.asarray(sample(n, 3))
-        whole, columns = program.call(jnp.asarray(gradient))
+        whole, rms, columns = program.call(jnp.asarray(gradient))
         check(whole, gradient / oracle.norm_of([gradient], "l2"))
+        check(rms, gradient / oracle.norm_of([gradient], "rms"))
         check(columns, gradient / np.abs(gradient).sum(axis=0, dtype=np.float64))
-    with pytest.raises(ValueError, match=r"^optax_unitscale: norm 'rms' needs .* is 3\*n where"):
-        export.export(jax.jit(lambda x: scaled(x, "rms")))(leaf)
 
 
 def test_below_min_norm_the_derivative_is_that_of_a_division_by_it():
@@ -268,3 +269,19 @@ def test_donated_gradients_make_room_for_the_update():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
     for leaf, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         check(leaf, np.asarray(other, np.float64), leaf.dtype)
+
+
+def test_callables_made_anew_for_each_call_compile_nothing():
+    tree = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+
+    def step():
+        axis, scope = (lambda path, x: None), (lambda tree: dict.fromkeys(tree, "x"))
+        scaled(tree, axis=axis)
+        scaled(tree, scope=scope)
+        clip_norm(1.0, axis=axis).update(tree, EMPTY)
+        gradient_norms(tree, scope=scope, axis=axis)
+
+    step()
+    before = compilations()
+    step()
+    assert compilations() == before

@@ -14,6 +14,7 @@ from flax import nnx
 
 from benchmarks import optimizers
 from benchmarks.tasks import SPLITS, Task
+from optax_unitscale import layers_of
 
 __all__ = ["EVALUATIONS", "Trial", "Trials"]
 
@@ -76,8 +77,9 @@ class Trials:
           The trial; one whose loss is no number ends there.
         """
         task = self._task
-        graph, params, others = nnx.split(task.model(seed), nnx.Param, ...)
-        state = optimizers.make(self._optimizer, learning_rate, self._steps).init(params)
+        graph, params, others = nnx.split(model := task.model(seed), nnx.Param, ...)
+        transformation = self._transformation(learning_rate, model)
+        state = transformation.init(params)
         clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
         # Fewer where there are fewer steps.
         ends = sorted({max(1, self._steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)})
@@ -119,9 +121,12 @@ class Trials:
     def _take(self, graph, params, state, others, batch, rate):
         model = nnx.merge(graph, params, others)
         loss, gradient = nnx.value_and_grad(self._task.loss)(model, batch)
-        transformation = optimizers.make(self._optimizer, rate, self._steps)
+        transformation = self._transformation(rate, model)
         updates, state = transformation.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
+
+    def _transformation(self, rate, model):
+        return optimizers.make(self._optimizer, rate, self._steps, layers_of(model))
 
 
 def _number(value: Any) -> float | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -18,6 +17,7 @@ from benchmarks import machine, optimizers
 from benchmarks.runs import Entry, Log
 from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
+from optax_unitscale import layers_of, recorded_norms
 
 __all__ = ["Config", "describe", "train"]
 
@@ -75,7 +75,9 @@ def train(
       An iterator that trains as it is advanced; closing it early is safe.
     """
     model = task.model(config.seed)
-    transformation = optimizers.make(config.optimizer, config.learning_rate, config.steps)
+    transformation = optimizers.make(
+        config.optimizer, config.learning_rate, config.steps, layers_of(model)
+    )
     graph, state = nnx.split((model, nnx.Optimizer(model, transformation, wrt=nnx.Param)))
     state = layout.place(state)
     rows = layout.rows(config.batch_size)
@@ -135,9 +137,8 @@ def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[...
         model, optimizer = nnx.merge(graph, state)
         loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
         optimizer.update(model, gradients)
-        norms = optax.tree.get(optimizer.opt_state, "grad_norms")
-        values = {name: norm[...] for name, norm in norms.items()}
-        return nnx.state((model, optimizer)), loss, values
+        norms = recorded_norms(optimizer.opt_state, nnx.state(model, nnx.Param))
+        return nnx.state((model, optimizer)), loss, norms
 
     return step
 

@@ -1,0 +1,208 @@
+"""`unit_sgd` and `unit_muon`: chains of this package's transformations and Optax's."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from optax_unitscale import parameters
+from optax_unitscale.layers import Layer, Layers, layers_in
+from optax_unitscale.orthogonal import orthogonalize
+from optax_unitscale.paths import flatten, is_tree
+from optax_unitscale.shape import scale_by_shape
+from optax_unitscale.transform import unit_scale
+
+__all__ = ["unit_muon", "unit_sgd"]
+
+
+def unit_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+    *,
+    scope: Literal["leaf", "layer", "global"] | Any = "layer",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any = None,
+    layers: Layers | Mapping[str, Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD on gradients of unit norm, layer by layer.
+
+    .. math:: m_t = \mu m_{t-1} + g_t / \|g_t\|, \quad
+              \theta_{t+1} = \theta_t - \alpha (m_t + \lambda \theta_t)
+
+    with the norm of the gradient of each layer, its kernel and bias together.
+
+    Args:
+      learning_rate: the length of a layer's step before momentum: a number or a schedule, best
+        one that ends at zero. 0.03 is a rate to begin with.
+      momentum: as in `optax.sgd`; None for none.
+      nesterov: as in `optax.sgd`.
+      accumulator_dtype: the dtype of the momentum, as in `optax.sgd`.
+      scope: which leaves share a norm, as in `unit_scale`. Per layer a bias whose gradient is
+        noise, such as one before BatchNorm, takes a small step; with "leaf" it takes a full one.
+      weight_decay: decoupled, as in `optax.adamw`.
+      mask: what decays, as in `optax.adamw`: by default kernels only.
+      layers: what each leaf is, as in `unit_muon`. Only the default of `mask` needs it.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      NameError, TypeError, ValueError: as `unit_scale`; as `layers_of`, if weights decay.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_unitscale import unit_sgd
+      >>> optimizer = unit_sgd(0.1, momentum=None)
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.zeros(1)}
+      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+      >>> print(updates["kernel"].ravel())
+      [-0.06 -0.08]
+
+    Source:
+      Yu et al. 2017, "Block-Normalized Gradient Method", https://arxiv.org/abs/1707.04822.
+    """
+    dtype = accumulator_dtype
+
+    def chain(tree: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            unit_scale(scope=scope),
+            optax.identity() if momentum is None else optax.trace(momentum, nesterov, dtype),
+            _decay("unit_sgd", weight_decay, mask, layers, tree),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return _for_each_tree(chain)
+
+
+def unit_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.95,
+    *,
+    layers: Layers | Mapping[str, Any] | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any = None,
+    keep_norm: bool = False,
+    mu_dtype: Any = None,
+    nesterov: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with unit scale for every leaf: one learning rate for any model of any width.
+
+    For a kernel with :math:`n_{in}` inputs and :math:`n_{out}` outputs
+
+    .. math:: M_t = \mu M_{t-1} + G_t / \|G_t\|, \quad
+              W_{t+1} = W_t - \alpha \sqrt{n_{out} / n_{in}} \, \mathrm{orthogonal}(M_t)
+
+    so that all singular values of its step are equal, and an input of RMS 1 changes the output by
+    an RMS of at most the rate. Each row of an embedding takes a step whose RMS is the rate, and
+    each vector, such as a bias or a gain, one of a tenth.
+
+    Args:
+      learning_rate: a number or a schedule, best one that ends at zero. 0.03 is a good rate for
+        models of any width.
+      momentum: its decay.
+      layers: what each leaf is: what `layers_of` returned, overrides for it, such as
+        ``{"**/qkv/kernel": Kernel(inputs=0, outputs=(1, 2))}``, or None to find it from the names
+        and shapes of the parameters. `layers_of(model)` reads the types of modules, which says
+        more. `layers_table` shows the result.
+      weight_decay: decoupled, as in `optax.adamw`.
+      mask: what decays, as in `optax.adamw`: by default kernels only.
+      keep_norm: whether each kernel keeps the norm that it has at `init`, as by `keep_norm`.
+      mu_dtype: the dtype of the momentum; by default that of the parameters.
+      nesterov: whether the momentum is Nesterov's.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: as `layers_of`.
+      ValueError: as `layers_of`, at `init`: what some leaves are cannot be told.
+
+    Numerics:
+      As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients of any
+      magnitude give the same step.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_unitscale import unit_muon
+      >>> optimizer = unit_muon(optax.cosine_decay_schedule(0.03, 1000))
+      >>> params = {"kernel": jnp.eye(4, 16), "bias": jnp.ones(16)}
+      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+      >>> print(f"{jnp.linalg.norm(updates['kernel'], 2):.3f}")  # 0.03 * sqrt(16 / 4)
+      0.060
+
+    Source:
+      Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon; the shares of layers
+      from Yang, Simon, Bernstein 2023, "A Spectral Condition for Feature Learning",
+      https://arxiv.org/abs/2310.17813.
+    """
+
+    def chain(tree: Any) -> optax.GradientTransformation:
+        found = {path.name: layer for path, _, layer in layers_in("unit_muon", layers, tree)}
+        unit = unit_scale(axis=lambda name, x: _axes(found[name]))
+        return optax.chain(
+            _where({"kernel"}, found, unit),
+            optax.trace(momentum, nesterov, mu_dtype),
+            orthogonalize(layers=layers),
+            _where({"embedding", "vector"}, found, unit),
+            _where({"vector"}, found, optax.scale(0.1)),
+            scale_by_shape(layers=layers),
+            _decay("unit_muon", weight_decay, mask, layers, tree),
+            optax.scale_by_learning_rate(learning_rate),
+            parameters.keep_norm(layers=layers) if keep_norm else optax.identity(),
+        )
+
+    return _for_each_tree(chain)
+
+
+def _for_each_tree(
+    chain: Callable[[Any], optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that `chain` makes of the tree it is given: parameters or updates."""
+
+    def init(params):
+        return chain(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        tx = optax.with_extra_args_support(chain(updates))
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _axes(layer: Layer) -> tuple[int, ...]:
+    """The axes of one kernel, of a row of an embedding, or of a vector."""
+    return layer.inputs + layer.outputs if layer.kind == "kernel" else layer.outputs
+
+
+def _where(
+    kinds: set[str], layers: Mapping[str, Layer], inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """A transformation of the leaves of some kinds, which leaves the others as they are."""
+
+    def mask(tree: Any) -> Any:
+        is_one = [
+            path.name in layers and layers[path.name].kind in kinds for path, _ in flatten(tree)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), is_one)
+
+    # A function, for Optax would call an Equinox model.
+    return optax.masked(inner, mask)
+
+
+def _decay(
+    caller: str,
+    weight_decay: jax.typing.ArrayLike,
+    mask: Any,
+    layers: Layers | Mapping[str, Any] | None,
+    tree: Any,
+) -> optax.GradientTransformation:
+    if isinstance(weight_decay, float | int) and weight_decay == 0:
+        return optax.identity()  # Which needs no parameters.
+    decay = optax.add_decayed_weights(weight_decay)
+    if mask is not None:
+        return optax.masked(decay, (lambda _: mask) if is_tree(mask) else mask)
+    found = {path.name: layer for path, _, layer in layers_in(caller, layers, tree)}
+    return _where({"kernel"}, found, decay)

@@ -1,0 +1,449 @@
+"""What each leaf is, in models of the real libraries; what is refused, and the line to write."""
+
+import re
+from typing import Any
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import shapes
+from flax import linen as nn
+from flax import nnx
+
+from optax_unitscale import Kernel, Layer, Layers, layers_of, layers_table
+from optax_unitscale.layers import layers_in
+
+KEY = jax.random.key(0)
+
+
+def said(*args: Any, **options: Any) -> dict[str, str]:
+    """What leaves are that are not plain vectors, as `short` writes it."""
+    found = {name: short(layer) for name, layer in layers_of(*args, **options).items()}
+    return {name: kind for name, kind in found.items() if kind != "vector"}
+
+
+def short(layer: Layer) -> str:
+    """Such as "0 > 1 2", with batch axes in brackets and blocks after a star."""
+    inputs, outputs, batch = (" ".join(map(str, axes)) for axes in layer[1:4])
+    text = f"{inputs} > {outputs}" if layer.kind == "kernel" else layer.kind
+    return text + f" [{batch}]" * bool(batch) + f" *{layer.blocks}" * (layer.blocks > 1)
+
+
+def line_of(error: pytest.ExceptionInfo[ValueError]) -> str:
+    """The line that an error says to write."""
+    found = re.search(r"layers_of\(.*\)", str(error.value))
+    assert found
+    return found[0]
+
+
+class Block(nnx.Module):
+    """A block of a transformer, without what comes down again."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(24, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(3, 24, decode=False, rngs=rngs)
+        self.up = nnx.Linear(24, 32, rngs=rngs)
+
+
+class ViT(nnx.Module):
+    """Patches, a class token, positions, two blocks and a head."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.patches = nnx.Conv(3, 24, (4, 4), rngs=rngs)
+        self.cls = nnx.Param(jnp.zeros((1, 1, 24)))
+        self.pos = nnx.Param(jnp.zeros((1, 17, 24)))
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.head = nnx.Linear(24, 10, rngs=rngs)
+
+
+class LinenViT(nn.Module):
+    """The same."""
+
+    @nn.compact
+    def __call__(self, images):
+        """Logits."""
+        x = nn.Conv(24, (4, 4), 4, name="patches")(images).reshape(1, -1, 24)
+        self.param("cls", nn.initializers.zeros, (1, 1, 24))
+        x += self.param("pos", nn.initializers.zeros, (1, 4, 24))
+        for i in range(2):
+            x += nn.MultiHeadAttention(3, name=f"attention_{i}")(nn.LayerNorm(name=f"norm_{i}")(x))
+            x = nn.Dense(24, name=f"up_{i}")(x)
+        return nn.Dense(10, name="head")(x)
+
+
+ATTENTION = dict.fromkeys(("query", "key", "value"), "0 > 1 2") | {"out": "0 1 > 2"}
+
+
+def test_flax_vits_are_known_by_types_and_by_names():
+    model = nnx.eval_shape(lambda: ViT(nnx.Rngs(0)))
+    expected = {"pos": "embedding", "patches/kernel": "0 1 2 > 3", "head/kernel": "0 > 1"}
+    in_nnx, in_linen = {}, {}
+    for i in range(2):
+        in_nnx |= {f"blocks/{i}/attention/{name}/kernel": ATTENTION[name] for name in ATTENTION}
+        in_nnx[f"blocks/{i}/up/kernel"] = in_linen[f"up_{i}/kernel"] = "0 > 1"
+        in_linen |= {f"attention_{i}/{name}/kernel": ATTENTION[name] for name in ATTENTION}
+    assert said(model, {"pos": "embedding"}) == expected | in_nnx
+    assert said(nnx.state(model, nnx.Param), {"pos": "embedding"}) == expected | in_nnx
+    params = jax.eval_shape(LinenViT().init, KEY, jnp.zeros((1, 8, 8, 3)))
+    assert said(params["params"], {"pos": "embedding"}) == expected | in_linen
+
+
+class LinenBlock(nn.Module):
+    """A block for nn.scan."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        """The carry, and no output."""
+        return nn.Dense(8)(nn.LayerNorm()(nn.MultiHeadAttention(2, name="attention")(x))), None
+
+
+def test_layers_stacked_by_linens_scan_are_refused_with_the_line_that_helps():
+    scan = nn.scan(LinenBlock, {"params": 0}, split_rngs={"params": True}, length=2)
+    params = jax.eval_shape(scan(name="blocks").init, KEY, jnp.zeros((1, 4, 8)), None)["params"]
+    params = {"blocks": params, "tokens": shapes(embedding=(11, 8)), "head": shapes(kernel=(8, 11))}
+    with pytest.raises(ValueError, match=r"do not show what they are:\n  blocks/Dense_0") as error:
+        layers_of(params)
+    assert line_of(error) == 'layers_of(params, stacked="blocks/**")'
+    found = said(params, stacked="blocks/**")
+    # Two layers of two heads, so that biases are (2, 2, 4).
+    assert found["blocks/attention/query/bias"] == "vector [0]"
+    assert found["blocks/attention/query/kernel"] == "1 > 2 3 [0]"
+    assert found["blocks/attention/out/kernel"] == "1 2 > 3 [0]"
+    assert (found["blocks/Dense_0/kernel"], found["head/kernel"]) == ("1 > 2 [0]", "0 > 1")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layers_stacked_by_nnxs_vmap_are_known_by_types(axis):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(axis_size=3, out_axes=axis)
+    def make(rngs):
+        return Block(rngs)
+
+    found = said(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    assert found["up/kernel"] == ("1 > 2 [0]", "0 > 2 [1]")[axis]
+    assert found["attention/query/kernel"] == ("1 > 2 3 [0]", "0 > 2 3 [1]")[axis]
+    assert found["attention/out/kernel"] == ("1 2 > 3 [0]", "0 2 > 3 [1]")[axis]
+    # Three layers of three heads: the bias is (3, 3, 8), and its kernel shows which axis is which.
+    assert found["attention/query/bias"] == found["norm/scale"] == f"vector [{axis}]"
+
+
+def test_a_stack_as_high_as_it_is_wide_is_refused():
+    make = eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, use_bias=False, key=key))
+    model = {"blocks": [eqx.filter_eval_shape(make, jax.random.split(KEY, 4))] * 2}
+    with pytest.raises(ValueError, match=r"blocks/0/weight \(4, 4, 4\)") as error:
+        layers_of(model)
+    assert line_of(error) == 'layers_of(model, stacked="blocks/**")'
+    assert said(model, stacked="blocks/**")["blocks/1/weight"] == "2 > 1 [0]"
+
+
+class EquinoxModel(eqx.Module):
+    """Parts in a dict."""
+
+    parts: dict[str, Any]
+    step: int
+
+    def __call__(self):
+        """Callable, as models are."""
+
+
+def equinox_model() -> EquinoxModel:
+    convs = {
+        "conv": eqx.nn.Conv2d(1, 8, 3, key=KEY),
+        "depthwise": eqx.nn.Conv2d(8, 16, 3, groups=8, key=KEY),
+        "up": eqx.nn.ConvTranspose1d(4, 3, 2, key=KEY),
+    }
+    parts = {
+        "mlp": eqx.nn.MLP(3, 2, 4, 1, key=KEY),
+        "gru": eqx.nn.GRUCell(3, 5, key=KEY),
+        "lstm": eqx.nn.LSTMCell(3, 5, use_bias=False, key=KEY),
+        "attention": eqx.nn.MultiheadAttention(2, 6, dropout_p=0.1, key=KEY),
+        "tokens": eqx.nn.Embedding(7, 3, key=KEY),
+        "norm": eqx.nn.LayerNorm((3, 4)),
+        "gain": eqx.nn.Linear("scalar", 3, key=KEY),
+    }
+    return EquinoxModel({**convs, **parts}, 3)
+
+
+EQUINOX = {
+    "conv/weight": "1 2 3 > 0",
+    "depthwise/weight": "1 2 3 > 0 *8",
+    "up/weight": "1 2 > 0",
+    "mlp/layers/0/weight": "1 > 0",
+    "mlp/layers/1/weight": "1 > 0",
+    "gru/weight_ih": "1 > 0 *3",
+    "gru/weight_hh": "1 > 0 *3",
+    "lstm/weight_ih": "1 > 0 *4",
+    "lstm/weight_hh": "1 > 0 *4",
+    **{f"attention/{name}_proj/weight": "1 > 0" for name in ("query", "key", "value", "output")},
+    "tokens/weight": "embedding",
+    "gain/weight": "1 > 0",
+}
+
+
+def test_equinox_models_are_known_and_so_are_updates_of_their_types():
+    model = jax.tree.map(
+        lambda x: np.ones(x.shape, x.dtype) if hasattr(x, "shape") else x,
+        eqx.filter_eval_shape(equinox_model),
+    )
+    assert said(model) == {f"parts/{name}": kind for name, kind in EQUINOX.items()}
+    assert "parts/attention/dropout/p" not in layers_of(model)
+    # Leaves that are not trained are None; inside jit the others are traced.
+    matrices = eqx.filter(model, lambda x: eqx.is_inexact_array(x) and x.ndim == 2)
+    found = {}
+
+    def find(tree):
+        found.update({path.name: short(layer) for path, _, layer in layers_in("f", None, tree)})
+        return tree
+
+    jax.jit(find).lower(matrices)
+    assert found.items() > {"parts/gru/weight_hh": "1 > 0 *3", "parts/norm/bias": "vector"}.items()
+    ensemble = eqx.filter_eval_shape(
+        eqx.filter_vmap(lambda key: eqx.nn.GRUCell(3, 5, key=key)), jax.random.split(KEY, 2)
+    )
+    assert said(ensemble)["weight_hh"] == "2 > 1 [0] *3"
+
+
+def test_names_of_flax_mean_nothing_in_an_equinox_module():
+    class Own(eqx.Module):
+        kernel: jax.Array
+
+    with pytest.raises(ValueError, match=r"dense/kernel \(2, 3\)"):
+        layers_of({"dense": Own(jnp.ones((2, 3)))})
+
+
+def haiku_model(ids):
+    x = hk.Embed(10, 8)(ids)
+    y = hk.LayerNorm(-1, True, True)(x)
+    x += hk.MultiHeadAttention(2, 4, w_init=hk.initializers.Constant(0))(y, y, y)
+    x = hk.Conv1D(8, 3)(hk.nets.MLP([16, 8])(x))
+    gru, lstm = hk.GRU(8), hk.LSTM(8)
+    x, _ = gru(x[0], gru.initial_state(4))
+    x, _ = lstm(x, lstm.initial_state(4))
+    return hk.layer_stack(3, name="blocks")(lambda x: hk.Linear(8)(x))(x)
+
+
+def test_haikus_layers_are_known():
+    params = jax.eval_shape(hk.transform(haiku_model).init, KEY, jnp.zeros((1, 4), int))
+    attention = ("query", "key", "value", "linear")
+    assert said(params, stacked="blocks/**") == {
+        "embed/embeddings": "embedding",
+        **{f"multi_head_attention/{name}/w": "0 > 1" for name in attention},
+        "mlp/~/linear_0/w": "0 > 1",
+        "mlp/~/linear_1/w": "0 > 1",
+        "conv1_d/w": "0 1 > 2",
+        "gru/w_i": "0 > 1 *3",
+        "gru/w_h": "0 > 1 *3",
+        "lstm/linear/w": "0 > 1 *4",
+        "blocks/linear/w": "1 > 2 [0]",
+        "blocks/linear/b": "vector [0]",
+    }
+
+
+def maxtext(layers: int) -> Any:
+    """As MaxText names and stacks its parameters, with a key and a value for two queries each."""
+    attention = {
+        "query": shapes(kernel=(16, layers, 4, 8)),
+        "key": shapes(kernel=(16, layers, 2, 8)),
+        "value": shapes(kernel=(16, layers, 2, 8)),
+        "out": shapes(kernel=(4, layers, 8, 16)),
+    }
+    mlp = {"wi": shapes(kernel=(16, layers, 32)), "wo": shapes(kernel=(32, layers, 16))}
+    layers_ = {"attention": attention, "mlp": mlp, "norm": shapes(scale=(16, layers))}
+    return {"decoder": {"layers": layers_}, "embedder": shapes(embedding=(11, 16))}
+
+
+def test_layers_that_maxtext_stacks_along_axis_1_are_batches():
+    with pytest.raises(ValueError, match="decoder/layers/norm/scale") as error:
+        layers_of(maxtext(5))
+    assert line_of(error) == 'layers_of(params, stacked={"decoder/**": 1})'
+    found = said(maxtext(5), stacked={"decoder/layers/**": 1})
+    for name in ("query", "key", "value"):
+        assert found.pop(f"decoder/layers/attention/{name}/kernel") == "0 > 2 3 [1]"
+    assert found == {
+        "decoder/layers/attention/out/kernel": "0 2 > 3 [1]",
+        "decoder/layers/mlp/wi/kernel": "0 > 2 [1]",
+        "decoder/layers/mlp/wo/kernel": "0 > 2 [1]",
+        "decoder/layers/norm/scale": "vector [1]",
+        "embedder/embedding": "embedding",
+    }
+
+
+class Gemma(nnx.Module):
+    """Kernels as Gemma has them."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.kv = nnx.Einsum("BSD,CKDH->CBSKH", (2, 1, 16, 8), rngs=rngs)
+        self.out = nnx.Einsum("BTNH,NHD->BTD", (4, 8, 16), (16,), rngs=rngs)
+        self.experts = nnx.Einsum("BED,EDF->BEF", (3, 16, 32), rngs=rngs)
+        self.gain = nnx.Einsum("BTD,D...->BTD...", (16, 4), rngs=rngs)
+
+
+def test_einsums_are_read_by_their_equation_or_by_overrides():
+    model = nnx.eval_shape(lambda: Gemma(nnx.Rngs(0)))
+    expected = {"kv/kernel": "2 > 0 1 3", "out/kernel": "0 1 > 2"}
+    expected["experts/kernel"] = "1 > 2 [0]"
+    with pytest.raises(ValueError, match=r"what they are:\n  gain/kernel \(16, 4\)\nSay it"):
+        layers_of(model)
+    assert said(model, {"gain/*": "vector"}) == expected
+    params = {"kv_einsum": shapes(w=(2, 1, 16, 8)), "mlp": shapes(gating_einsum=(2, 16, 32))}
+    with pytest.raises(ValueError, match=r"kv_einsum/w .*\n  mlp/gating_einsum"):
+        layers_of(params)
+    # The key and the value, the gate and the value, each by itself.
+    overrides = {"**/kv_einsum/w": Kernel(-2, (1, 3)), "**/gating_einsum": Kernel(1, 2)}
+    found = said({"layer_0": params}, overrides)
+    assert list(found.values()) == ["2 > 1 3 [0]", "1 > 2 [0]"]
+
+
+def test_pairs_of_lora_are_kernels_of_nnx_and_of_qwix():
+    model = nnx.eval_shape(lambda: nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0)))
+    pair = {"lora/lora_a": "0 > 1", "lora/lora_b": "0 > 1"}
+    assert said(model) == {"kernel": "0 > 1", **pair}
+    assert said(nnx.state(model, nnx.LoRAParam)) == pair
+    pairs = {
+        "dense": shapes(kernel_lora_a=(16, 2), kernel_lora_b=(2, 16)),
+        "query": shapes(w_lora_a=(16, 2), w_lora_b=(2, 4, 8)),
+        "out": shapes(w_lora_a=(4, 8, 2), w_lora_b=(2, 16)),
+    }
+    assert list(said(pairs).values()) == ["0 > 1", "0 > 1", "0 1 > 2", "0 > 1", "0 > 1", "0 > 1 2"]
+    with pytest.raises(ValueError, match=r"blocks/lora_a .*\n  blocks/lora_b"):
+        layers_of({"blocks": shapes(lora_a=(2, 16, 2), lora_b=(2, 2, 16))})
+
+
+def test_depthwise_convolutions_are_known_by_types_and_refused_by_names():
+    def make():
+        rngs = nnx.Rngs(0)
+        deep = nnx.Conv(512, 512, (3, 3), feature_group_count=512, rngs=rngs)
+        wide = nnx.Conv(512, 8, (1, 1), rngs=rngs)
+        up = nnx.ConvTranspose(8, 4, (2,), transpose_kernel=True, rngs=rngs)
+        return nnx.Sequential(deep, wide, up)
+
+    model = nnx.eval_shape(make)
+    layers = layers_of(model)
+    assert short(layers["layers/0/kernel"]) == "0 1 2 > 3 *512"
+    # Each output sees 3 times 3 inputs.
+    assert layers["layers/0/kernel"].fans((3, 3, 1, 512)) == (9, 1)
+    assert short(layers["layers/2/kernel"]) == "0 2 > 1"
+    with pytest.raises(ValueError, match="depthwise, or on one channel") as error:
+        layers_of({"conv1": shapes(kernel=(3, 3, 1, 512), bias=(512,))})
+    line = 'layers_of(params, {"**/conv1/kernel": Kernel(inputs=(0, 1, 2), outputs=3, blocks=512)})'
+    assert line_of(error) == line
+
+
+REFUSED: dict[str, Any] = {
+    "fused": {"qkv": shapes(kernel=(64, 3, 4, 16))},
+    "stack": {"ConvNeXt_0": shapes(kernel=(3, 16, 64))},
+    "stacked attention": {n: shapes(kernel=(3, 16, 16)) for n in ("query", "key", "value", "out")},
+    "stacked bias": shapes(bias=(3, 64)),
+    "stacked gain": shapes(scale=(3, 64)),
+    "stacked tokens": shapes(embedding=(3, 11, 16)),
+    "Equinox or PyTorch": shapes(weight=(64, 16)),
+    "one projection": {"out": shapes(kernel=(3, 32, 16))},
+    "transposed": {"ConvTranspose_0": shapes(kernel=(3, 3, 4, 8))},
+    "rank": {"Conv_0": shapes(kernel=(3, 64))},
+    "stacked convolution": {"conv1": shapes(kernel=(2, 3, 4, 8), bias=(2, 8))},
+}
+
+
+@pytest.mark.parametrize("tree", REFUSED.values(), ids=REFUSED)
+def test_what_can_be_several_things_is_refused(tree):
+    with pytest.raises(ValueError, match=r"^f: the name and the shape of these leaves") as error:
+        layers_in("f", None, {**tree, "known": shapes(kernel=(2, 2))})
+    for name in layers_of(tree, {"**": "vector"}):
+        assert f"\n  {name} (" in str(error.value)
+    assert "known" not in str(error.value)
+
+
+def test_lists_without_names_are_refused_with_the_names_of_keras():
+    arrays = [np.ones((3, 4)), np.ones(4), np.ones((4, 5))]
+    with pytest.raises(
+        ValueError, match=r"0 \(3, 4\)\n  2 \(4, 5\)\n[^`]*v.path: v.value"
+    ) as error:
+        layers_of(arrays)
+    line = '{"0": Kernel(inputs=0, outputs=1), "2": Kernel(inputs=0, outputs=1)}'
+    assert line_of(error) == f"layers_of(params, {line})"
+    overrides = {"0": Kernel(inputs=0, outputs=1), "2": Kernel(inputs=0, outputs=1)}
+    assert said(arrays, overrides) == {"0": "0 > 1", "2": "0 > 1"}
+
+
+def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.tokens = nnx.Embed(11, 8, rngs=rngs)
+            self.head = self.tokens
+
+    model = nnx.eval_shape(lambda: Tied(nnx.Rngs(0)))
+    (name,) = nnx.state(model, nnx.Param)
+    assert said(model) == {f"{name}/embedding": "embedding"}
+    assert said(model, {"*/embedding": Kernel(1, 0)}) == {f"{name}/embedding": "1 > 0"}
+
+
+ONE: Any = {"a": shapes(kernel=(6, 4), bias=(4,))}
+
+
+WRONG_AXES = [(0, 2), (0, 0), ((0, 1), -1), ((), ()), (True, 0), (0, 1, 3), (0, 1, 0)]
+
+
+@pytest.mark.parametrize("wrong", [*(Kernel(*axes) for axes in WRONG_AXES), "vectors", (0, 1)])
+def test_overrides_that_do_not_fit_are_refused(wrong):
+    is_kernel = isinstance(wrong, Kernel)
+    expected = "axes that a/kernel of shape (6, 4) has" if is_kernel else "a Kernel, 'embedding' or"
+    text = re.escape(f"layers_of: '**/kernel' is said to be {wrong!r}, expected {expected}")
+    with pytest.raises(ValueError if is_kernel else TypeError, match=text):
+        layers_of(ONE, {"**/kernel": wrong})
+
+
+def test_patterns_that_fit_nothing_or_what_is_no_stack_are_refused():
+    for argument in ("overrides", "stacked"):
+        text = re.escape(f"{argument} has ['b/**'], which no leaf fits. There are ['a/")
+        options: Any = {argument: {"b/**": 0}}
+        with pytest.raises(ValueError, match=text):
+            layers_of(ONE, **options)
+    text = "stacked has axis 0 for 'a/**', expected an axis of one size in ['a/bias (4,)', 'a/k"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        layers_of(ONE, stacked="a/**")
+
+
+def test_layers_are_a_value_that_wrappers_leave_alone():
+    layers = layers_of(ONE)
+    assert layers == layers_of(ONE) == {"a/kernel": layers["a/kernel"], "a/bias": layers["a/bias"]}
+    assert hash(layers) == hash(layers_of(ONE))
+    seen: list[Any] = []
+
+    def transformation(rate, layers):
+        seen.append(layers)
+        return optax.scale(rate)
+
+    optax.inject_hyperparams(transformation)(0.1, layers).init(ONE)
+    assert all(isinstance(one, Layers) for one in seen)
+    # Leaves that are missing, masked or have no gradient need no entry, and others do.
+    part = {"a": {"kernel": ONE["a"]["kernel"], "bias": optax.MaskedNode()}, "n": np.arange(3)}
+    assert [path.name for path, *_ in layers_in("f", layers, part)] == ["a/kernel"]
+    overrides: Any = {"**/kernel": Kernel(1, 0), "**/bias": "vector"}
+    assert [short(layer) for *_, layer in layers_in("f", overrides, part)] == ["1 > 0"]
+    text = (
+        r"f: layers does not fit, it has \[.* for a/kernel \(2, 6, 4\).*, 'no entry for b \(3,\)'"
+    )
+    with pytest.raises(ValueError, match=text):
+        layers_in("f", layers, {"a": shapes(kernel=(2, 6, 4)), "b": np.ones(3)})
+
+
+def two_zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype).at[1].set(1)
+
+
+def test_the_table_says_what_each_leaf_gets_and_which_kernels_are_zero():
+    tree: Any = {"blocks": shapes(kernel=(3, 4, 16), bias=(3, 16)), "e": shapes(embedding=(9, 4))}
+    table = str(layers_table(layers_of(tree, stacked="blocks/**")))
+    assert [re.split("  +", line) for line in table.splitlines()[2:]] == [
+        ["blocks/bias", "(3, 16)", "vector", "1, batch 0", "a tenth of unit norm", "0.4"],
+        ["blocks/kernel", "(3, 4, 16)", "kernel", "1 → 2, batch 0", "orthogonal", "2"],
+        ["e/embedding", "(9, 4)", "embedding", "0 → 1", "unit rows", "2"],
+    ]
+    experts = nnx.Einsum("BED,EDF->BEF", (3, 4, 9), kernel_init=two_zeros, rngs=nnx.Rngs(0))
+    *_, last, caption = str(layers_table(experts)).splitlines()
+    assert re.split("  +", last)[-2:] == ["1.5", "zero at init: 2 of 3"]
+    assert caption == "zero at init: keep_norm passes it through"
