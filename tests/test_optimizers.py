@@ -1,0 +1,250 @@
+"""`unit_sgd` and `unit_muon`: one line for any model, and the right thing for every leaf."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from optax_unitscale import Kernel, layers_of, unit_muon, unit_sgd
+
+HERE = pathlib.Path(__file__).parent
+OPTIMIZERS = {
+    "unit_sgd": lambda: unit_sgd(0.03, weight_decay=0.1),
+    "unit_muon": lambda: unit_muon(0.03, weight_decay=0.1),
+    "unit_muon, norms kept": lambda: unit_muon(0.03, keep_norm=True),
+}
+X = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+Y = np.tanh(X @ np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32))
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def loss_of(predictions: Any) -> Any:
+    return jnp.mean((predictions - Y) ** 2)
+
+
+def check_learns(step: Any, steps: int = 40) -> None:
+    losses = [float(step()) for _ in range(steps)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@every_optimizer
+def test_nnx_models_learn(make):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), jnp.tanh, nnx.Linear(32, 3, rngs=rngs))
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda model: loss_of(model(X)))(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    check_learns(lambda: step(model, optimizer))
+
+
+class Linen(nn.Module):
+    """Two dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        """The output of the second."""
+        return nn.Dense(3)(jnp.tanh(nn.Dense(32)(x)))
+
+
+@every_optimizer
+def test_linen_models_learn(make):
+    model = Linen()
+    params = model.init(jax.random.key(0), X)["params"]
+    states = [TrainState.create(apply_fn=model.apply, params=params, tx=make())]
+
+    @jax.jit
+    def step(state):
+        loss, gradient = jax.value_and_grad(lambda p: loss_of(model.apply({"params": p}, X)))(
+            state.params
+        )
+        return loss, state.apply_gradients(grads=gradient)
+
+    def advance():
+        loss, state = step(states[-1])
+        states.append(state)
+        return loss
+
+    check_learns(advance)
+
+
+def check_functional(params: Any, apply: Any, tx: Any) -> None:
+    state = [params, tx.init(params)]
+
+    @jax.jit
+    def step(params, opt_state):
+        loss, gradient = jax.value_and_grad(lambda params: loss_of(apply(params)))(params)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return loss, optax.apply_updates(params, updates), opt_state
+
+    def advance():
+        loss, *state[:] = step(*state)
+        return loss
+
+    check_learns(advance)
+
+
+@every_optimizer
+def test_equinox_models_learn(make):
+    model = eqx.nn.MLP(8, 3, 32, 1, activation=jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    check_functional(params, lambda params: jax.vmap(eqx.combine(params, static))(X), make())
+
+
+@every_optimizer
+def test_haiku_models_learn(make):
+    model = hk.without_apply_rng(
+        hk.transform(lambda x: hk.nets.MLP([32, 3], activation=jnp.tanh)(x))
+    )
+    params = model.init(jax.random.key(0), X)
+    check_functional(params, lambda params: model.apply(params, X), make())
+
+
+def test_each_kind_of_leaf_gets_its_step_at_any_magnitude():
+    params = {
+        "embed": {"embedding": jnp.ones((5, 16))},
+        "up": {"kernel": jnp.ones((16, 64)), "bias": jnp.ones(64)},
+        "blocks": {"kernel": jnp.ones((3, 16, 4))},
+    }
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    tx = unit_muon(1.0, layers={"blocks/kernel": Kernel(1, 2)})
+    updates = []
+    for magnitude in (1.0, 2.0**-100, 2.0**100):
+        scaled = jax.tree.map(lambda x, by=magnitude: jnp.asarray(x * np.float32(by)), gradient)
+        updates.append(tx.update(scaled, tx.init(params))[0])
+    up, embed, blocks = (updates[0][name] for name in ("up", "embed", "blocks"))
+    spectral = np.linalg.svd(np.asarray(up["kernel"]), compute_uv=False)
+    np.testing.assert_allclose(spectral, 2, rtol=0.15)
+    for matrix in np.asarray(blocks["kernel"]):
+        np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), 0.5, rtol=0.15)
+    np.testing.assert_allclose(np.linalg.norm(embed["embedding"], axis=1), 4, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(up["bias"]), 0.8, rtol=1e-5)
+    for other in updates[1:]:
+        for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(updates[0]), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_leaves_are_refused_at_init_all_of_them_with_the_line_to_write():
+    params = {"qkv": {"kernel": jnp.ones((8, 3, 2, 4))}, "codebook": jnp.ones((4, 8))}
+    with pytest.raises(ValueError, match=r"(?s)unit_muon: .*codebook.*qkv/kernel"):
+        unit_muon(0.1).init(params)
+    known = {"qkv/kernel": Kernel(0, (2, 3)), "codebook": "embedding"}
+    updates, _ = (tx := unit_muon(0.1, layers=known)).update(params, tx.init(params))
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+def test_weights_decay_apart_from_the_gradient_and_kernels_only_unless_masked():
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for make in (unit_sgd, unit_muon):
+        for options, decays in (
+            ({}, {"kernel": True, "bias": False}),
+            ({"mask": {"kernel": False, "bias": True}}, {"kernel": False, "bias": True}),
+            ({"mask": lambda tree: jax.tree.map(lambda _: True, tree)}, {"kernel": 1, "bias": 1}),
+        ):
+            tx = make(0.1, weight_decay=0.5, **options)
+            updates, _ = tx.update(zeros, tx.init(params), params)
+            for name, does in decays.items():
+                np.testing.assert_allclose(updates[name], -0.15 * bool(does), rtol=1e-6)
+
+
+def test_kernels_keep_their_norms_where_asked():
+    params = {"kernel": jnp.asarray(X), "bias": jnp.zeros(8)}
+    tx = unit_muon(0.1, keep_norm=True)
+    state = tx.init(params)
+    for seed in range(3):
+        gradient = {"kernel": jax.random.normal(jax.random.key(seed), (64, 8)), "bias": jnp.ones(8)}
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert isinstance(params, dict)
+    assert abs(np.linalg.norm(params["kernel"]) / np.linalg.norm(X) - 1) < 1e-6
+
+
+def test_the_momentum_has_the_dtype_that_is_asked_for():
+    params = {"kernel": jnp.ones((4, 4))}
+    for tx in (unit_muon(0.1, mu_dtype="bfloat16"), unit_sgd(0.1, accumulator_dtype="bfloat16")):
+        dtypes = {x.dtype for x in jax.tree.leaves(tx.init(params))}
+        assert jnp.dtype("bfloat16") in dtypes
+        updates, _ = tx.update(params, tx.init(params))
+        assert isinstance(updates, dict)
+        assert updates["kernel"].dtype == jnp.float32
+
+
+def test_a_layer_of_modules_need_not_be_the_trees():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    layers = layers_of(model)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    for tx in (unit_muon(0.1), unit_muon(0.1, layers=layers)):
+        updates, _ = tx.update(params, tx.init(params))
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+class BatchNormCNN(nnx.Module):
+    """A small network in which a bias stands before each BatchNorm."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List([nnx.Conv(i, 16, (3, 3), rngs=rngs) for i in (1, 16)])
+        self.norms = nnx.List([nnx.BatchNorm(16, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(16 * 4, 10, rngs=rngs)
+
+    def __call__(self, x):
+        """Logits."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.max_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
+        return self.head(x.reshape(len(x), -1))
+
+
+def test_a_bias_before_batch_norm_does_no_harm():
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    labels, train = digits.target, 1400
+
+    def accuracy(tx):
+        model = BatchNormCNN(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, tx(model), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, x, y):
+            def loss(model):
+                return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+            optimizer.update(model, nnx.grad(loss)(model))
+
+        rng = np.random.default_rng(0)
+        for _ in range(150):
+            rows = rng.integers(0, train, 64)
+            step(model, optimizer, images[rows], labels[rows])
+        model.eval()
+        return np.mean(np.argmax(model(images[train:]), axis=1) == labels[train:])
+
+    # Per leaf the bias takes a full step of noise each time.
+    per_leaf = accuracy(lambda _: unit_sgd(0.03, scope="leaf"))
+    per_layer = accuracy(lambda _: unit_sgd(0.03))
+    muon = accuracy(lambda model: unit_muon(0.03, layers=layers_of(model)))
+    assert per_layer > 0.85
+    assert muon > 0.85
+    assert per_leaf < per_layer - 0.1
+
+
+@pytest.mark.slow
+def test_they_pass_the_common_tests_of_optax():
+    command = [sys.executable, str(HERE / "optax_common.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "OK" in done.stderr
