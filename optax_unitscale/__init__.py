@@ -5,6 +5,9 @@ from optax_unitscale.groups import stacked
 from optax_unitscale.history import norm_ratios
 from optax_unitscale.layers import Kernel, Layer, Layers, layers_of
 from optax_unitscale.observe import gradient_norms, record_norms, recorded_norms
+from optax_unitscale.optimizers import unit_muon, unit_sgd
+from optax_unitscale.orthogonal import orthogonalize
+from optax_unitscale.parameters import keep_norm
 from optax_unitscale.plot import norms_table, plot_norms
 from optax_unitscale.ratios import step_ratios
 from optax_unitscale.shape import scale_by_shape
@@ -17,16 +20,20 @@ __all__ = [
     "Layers",
     "clip_norm",
     "gradient_norms",
+    "keep_norm",
     "layers_of",
     "layers_table",
     "norm_ratios",
     "norms_table",
+    "orthogonalize",
     "plot_norms",
     "record_norms",
     "recorded_norms",
     "scale_by_shape",
     "stacked",
     "step_ratios",
+    "unit_muon",
     "unit_scale",
+    "unit_sgd",
 ]
 __version__ = "0.1.0"

@@ -56,7 +56,7 @@ def clip_norm(
       >>> clip = clip_norm(1.0)
       >>> gradients = {"kernel": jnp.array([3e30, 4e30]), "bias": jnp.array([0.3, 0.4])}
       >>> updates, _ = clip.update(gradients, clip.init(gradients))
-      >>> print(updates["kernel"], updates["bias"])
+      >>> print(updates["kernel"].round(3), updates["bias"])
       [0.6 0.8] [0.3 0.4]
 
     Source:

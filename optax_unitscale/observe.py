@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Group, Plan, assign, make_plan
+from optax_unitscale.mesh import without_reduced
 from optax_unitscale.norms import Reduction, norm_of
 from optax_unitscale.paths import some
 
@@ -234,7 +235,10 @@ def recorded_norms(
 
 @functools.partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
 def _norms(leaves: list[Any], *, norm: str, groups: tuple[Group, ...]) -> dict[str, jax.Array]:
-    return {g.name: _rounded([leaves[i] for i in g.leaves], norm=norm, over=g.over) for g in groups}
+    return {
+        g.name: _rounded([without_reduced(leaves[i]) for i in g.leaves], norm=norm, over=g.over)
+        for g in groups
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "over"))

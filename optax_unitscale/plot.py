@@ -6,7 +6,6 @@ The table needs rich and the picture Matplotlib, which nothing else here does.
 import contextlib
 import functools
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     between a scalar and a matrix of a million elements.
 
     Args:
-      norms: what `gradient_norms` returns, also as Flax NNX holds it, or floats by name. An array
+      norms: what `gradient_norms` or `recorded_norms` returns, or floats by name. An array
         is a line a slice, "blocks/kernel[3]"; one of more than 128 slices is three, its least,
         median and largest norm.
 
@@ -118,9 +117,9 @@ def printed_table() -> "type[Table]":
         """Rich's tables are shown by `rich.print` and in notebooks; this one by `print` too."""
 
         def __repr__(self) -> str:
-            # Where no terminal is, a log, names need not be folded.
-            width = shutil.get_terminal_size((200, 50)).columns
-            console = Console(color_system=None, force_jupyter=False, width=width)
+            console = Console(color_system=None, force_jupyter=False)
+            if not console.is_terminal:  # A log has room for long names.
+                console.width = 200
             with console.capture() as capture:
                 console.print(self)
             return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_unitscale.groups import Group, assign, make_plan
+from optax_unitscale.mesh import without_reduced
 from optax_unitscale.norms import Reduction, norm_of
 from optax_unitscale.observe import check_names
 from optax_unitscale.paths import flatten, some
@@ -92,8 +93,8 @@ def _ratios(
 ) -> dict[str, jax.Array]:
     return {
         group.name: _ratio(
-            [steps[i] for i in group.leaves],
-            [values[i] for i in group.leaves],
+            [without_reduced(steps[i]) for i in group.leaves],
+            [without_reduced(values[i]) for i in group.leaves],
             norm=norm,
             over=group.over,
         )

@@ -19,7 +19,13 @@ from jax.sharding import AxisType, PartitionSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
 
-from optax_unitscale import gradient_norms, record_norms, recorded_norms, unit_scale
+from optax_unitscale import (
+    gradient_norms,
+    record_norms,
+    recorded_norms,
+    step_ratios,
+    unit_scale,
+)
 
 PARAMS = {"a": jnp.full((2, 2), 100.0), "b": jnp.ones(9)}
 # A gradient of ones has norms of 2 and 3.
@@ -133,8 +139,9 @@ def test_a_state_comes_back_from_a_checkpoint(tmp_path):
 
 def test_axes_of_a_mesh_may_split_what_is_kept_where_they_are_explicit():
     axis = {"a": 1, "b": None}
-    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
-        params = {"a": jax.device_put(jnp.ones((8, 4)), PartitionSpec("x")), "b": jnp.ones(9)}
+    with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"))):
+        split = PartitionSpec("x", reduced=frozenset({"y"}))
+        params = {"a": jax.device_put(jnp.ones((8, 4)), split), "b": jnp.ones(9)}
         recorder = record_norms(axis=axis)
 
         def step(state, factor):
@@ -143,7 +150,9 @@ def test_axes_of_a_mesh_may_split_what_is_kept_where_they_are_explicit():
 
         _, states = jax.lax.scan(step, recorder.init(params), jnp.arange(2.0))
         norms = recorded_norms(states, params, axis=axis)
+        ratios = step_ratios(params, params, axis=axis)
     assert floats(norms) == {"a": [[0.0] * 8, [2.0] * 8], "b": [0.0, 3.0]}
+    assert {name: np.unique(ratio) for name, ratio in ratios.items()} == {"a": 1, "b": 1}
 
 
 def test_init_may_be_outside_of_the_shard_map_that_the_axis_name_belongs_to():

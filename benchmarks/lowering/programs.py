@@ -159,7 +159,7 @@ def _bytes(shapes: Sequence[tuple[str, int]]) -> int:
 def _group(instruction: Instruction, devices: int) -> int:
     """How many devices take part, from any of the ways in which XLA writes it."""
     text = instruction.attributes
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", text):
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", text):
         sizes = {name: int(n) for name, n in re.findall(r"('\w+')=(\d+)", mesh[1])}
         parts = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sizes[name] for name, part in parts)
