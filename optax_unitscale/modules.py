@@ -125,14 +125,14 @@ def _einsum(m: Any) -> dict[str, Declared]:
 
 
 def _conv(m: Any) -> dict[str, Declared]:
-    *places, n_in, n_out = range(len(m.kernel_shape))
+    groups = getattr(m, "feature_group_count", 1)
+    n_in, n_out = m.in_features // groups, m.out_features
+    *places, first, last = range(len(m.kernel_size) + 2)
     if getattr(m, "transpose_kernel", False):
-        n_in, n_out = n_out, n_in
-    kernel = Kernel((*places, n_in), n_out, getattr(m, "feature_group_count", 1))
-    return {
-        "kernel": Declared(kernel, tuple(m.kernel_shape)),
-        "bias": Declared("vector", (m.out_features,)),
-    }
+        kernel, sizes = Kernel((*places, last), first), (*m.kernel_size, n_out, n_in)
+    else:
+        kernel, sizes = Kernel((*places, first), last, groups), (*m.kernel_size, n_in, n_out)
+    return {"kernel": Declared(kernel, sizes), "bias": Declared("vector", (n_out,))}
 
 
 def _embed(m: Any) -> dict[str, Declared]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-__all__ = ["norms_table", "plot_norms"]
+__all__ = ["extra", "norms_table", "plot_norms", "printed_table"]
 
 STYLES = dict(zip(FLAGS, ("magenta", "blue", "red", "bold red"), strict=True))
 # No more than a figure has pixels, so that each step is seen.
@@ -82,11 +82,11 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
         )
     lines = lines_of("norms_table", [norms])
     ratios = norm_ratios([norms])
-    with _extra("norms_table"):
+    with extra("norms_table"):
         from rich import box
         from rich.text import Text
 
-        table_class = _printed_table()
+        table_class = printed_table()
     table = table_class(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
     )
@@ -108,7 +108,8 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
 
 
 @functools.cache
-def _printed_table() -> "type[Table]":
+def printed_table() -> "type[Table]":
+    """A table that `print` shows."""
     from rich.console import Console
     from rich.table import Table
 
@@ -171,7 +172,7 @@ def plot_norms(
     """
     lines = lines_of("plot_norms", history)
     norms = np.array(list(lines.values()))
-    with _extra("plot_norms"):
+    with extra("plot_norms"):
         from matplotlib import pyplot as plt
         from matplotlib.colors import LogNorm
         from matplotlib.ticker import MaxNLocator
@@ -240,7 +241,8 @@ def _geometric_means(norms: np.ndarray, steps: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _extra(caller: str) -> Iterator[None]:
+def extra(caller: str) -> Iterator[None]:
+    """Says which extra is needed where it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,6 +1,5 @@
 """`layers_table`: what each leaf of a model is, and what a step does to it, to look at."""
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from jax.core import Tracer
 
 from optax_unitscale.layers import Layer, Layers, layers_in, layers_of
 from optax_unitscale.modules import open_model
-from optax_unitscale.plot import _extra
+from optax_unitscale.plot import extra, printed_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,11 +60,11 @@ def layers_table(layers_or_params: Any) -> "Table":
             path.name: _zeros(x, layer)
             for path, x, layer in layers_in("layers_table", layers, parameters)
         }
-    with _extra("layers_table"):
+    with extra("layers_table"):
         from rich import box
         from rich.text import Text
 
-        table = _printed_table()(
+        table = printed_table()(
             box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
         )
     table.add_column("leaf", overflow="fold")
@@ -105,20 +104,3 @@ def _zeros(x: Any, layer: Layer) -> str:
     if is_zero.all():
         return "zero at init"
     return f"zero at init: {is_zero.sum()} of {is_zero.size}" if is_zero.any() else ""
-
-
-@functools.cache
-def _printed_table() -> "type[Table]":
-    from rich.console import Console
-    from rich.table import Table
-
-    class PrintedTable(Table):
-        """Rich's tables are shown by `rich.print` and in notebooks; this one by `print` too."""
-
-        def __repr__(self) -> str:
-            console = Console(color_system=None, force_jupyter=False, width=200)
-            with console.capture() as capture:
-                console.print(self)
-            return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
-
-    return PrintedTable

@@ -28,7 +28,7 @@ def explain(
     """
     lines = [f"{caller}: the name and the shape of these leaves do not show what they are:"]
     lines += [f"  {name} {shapes[name]}{_doubt(name, shapes[name])}" for name in unknown]
-    stacks = _stacks(unknown, shapes)
+    stacks = _stacks(unknown, shapes, typed)
     single = {name: _single(name, shape, stacks) for name, shape in shapes.items()}
     entries = {}
     for name in unknown:
@@ -58,6 +58,10 @@ def _is_depthwise(name: str, shape: Shape) -> bool:
     return name.endswith(("kernel", "w")) and len(shape) > 2 and shape[-2:-1] == (1,)
 
 
+def _is_vector(name: str) -> bool:
+    return name.rpartition("/")[2] in ("bias", "b", "scale", "offset")
+
+
 def _doubt(name: str, shape: Shape) -> str:
     return ": depthwise, or on one channel?" if _is_depthwise(name, shape) else ""
 
@@ -77,7 +81,7 @@ def _pattern(name: str, unknown: Sequence[str], shapes: Mapping[str, Shape]) -> 
 def _example(name: str, shape: Shape) -> str:
     leaf = name.rpartition("/")[2]
     *inputs, last = range(len(shape))
-    if leaf in ("bias", "b", "scale", "offset"):
+    if _is_vector(name):
         return '"vector"'
     if leaf.startswith("pos") or "embed" in leaf:
         return '"embedding"'
@@ -88,16 +92,19 @@ def _example(name: str, shape: Shape) -> str:
     return f"Kernel(inputs=0, outputs={outputs})"
 
 
-def _stacks(unknown: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Subtrees with unknown leaves in which all leaves share the size of an axis, 0 or 1."""
+def _stacks(unknown: Sequence[str], shapes: Mapping[str, Shape], typed: set[str]) -> dict[str, int]:
+    """Subtrees in which all leaves may well be stacked along one axis, 0 or 1."""
     stacks: dict[str, int] = {}
     for name in unknown:
         if any(name.startswith(f"{above}/") for above in stacks):
             continue
         for above in _above(name):
-            inside = [shape for other, shape in shapes.items() if other.startswith(f"{above}/")]
-            same = [a for a in (0, 1) if all(len(s) > a and s[a] == inside[0][a] for s in inside)]
-            if same and len(inside) > 1:
+            inside = {n: shape for n, shape in shapes.items() if n.startswith(f"{above}/")}
+            first, *others = inside.values()
+            same = [a for a in (0, 1) if all(s[a : a + 1] == first[a : a + 1] for s in others)]
+            # One layer's matrix is no stack of vectors.
+            is_stack = all(len(s) > 2 or n in typed or _is_vector(n) for n, s in inside.items())
+            if same and others and is_stack:
                 stacks[above] = same[0]
                 break
     return stacks
