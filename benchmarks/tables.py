@@ -1,0 +1,139 @@
+"""Writes results into README.md and benchmarks/README.md: `python -m benchmarks.tables`.
+
+What a marker names stands between it and its end: `<!-- range -->` ... `<!-- /range -->`, or
+`<!-- / -->` for short. Tables get lines of their own; all else stays within its line, which must
+not begin with a marker, for then Markdown takes the line for HTML.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.commands.range import extent
+from benchmarks.optimizers import is_ours
+from benchmarks.sweep import moves, verdicts
+
+__all__ = ["FILES", "filled", "main", "texts"]
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
+_MARKED = re.compile(r"(<!-- ([^\n/>][^\n>]*) -->).*?(<!-- /(?:\2)? -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Writes the files anew."""
+    found = texts()
+    for path in FILES:
+        path.write_text(filled(path.read_text(), found))
+
+
+def filled(document: str, found: Mapping[str, str]) -> str:
+    """A document with what its markers name between them."""
+
+    def written(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        if name not in found:
+            raise KeyError(f"the results hold no {name!r}, only {', '.join(found)}")
+        space = "\n\n" if "\n" in found[name] else ""
+        return f"{start}{space}{found[name]}{space}{end}"
+
+    return _MARKED.sub(written, document)
+
+
+def texts() -> dict[str, str]:
+    """All that markers can name, in Markdown; what a sweep found begins with its folder's name."""
+    found = _magnitudes(_read(RESULTS / "range.json")["norms"])
+    for path in sorted(RESULTS.glob("*/compare.json")):
+        found |= _compared(path.parent.name, _read(path))
+    for path in sorted(RESULTS.glob("*/transfer.json")):
+        found |= _transferred(path.parent.name, _read(path))
+    return found | _timed(_read(RESULTS / "speed.json")["results"])
+
+
+def _read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def _magnitudes(norms: Any) -> dict[str, str]:
+    names = [name for name in next(iter(norms.values())) if name != "elements"]
+    ends = {
+        dtype: [extent(columns["elements"], list(map(float, columns[name]))) for name in names]
+        for dtype, columns in norms.items()
+    }
+    table = _table(["dtype", *(f"`{x}`" for x in names)], [[x, *row] for x, row in ends.items()])
+    cells = {f"range/{x}/{names[i]}": row[i] for x, row in ends.items() for i in range(len(names))}
+    return {"range": table, **cells}
+
+
+def _compared(sweep: str, results: Any) -> dict[str, str]:
+    means: dict[str, dict[str, str]] = {}
+    for task, result in results.items():
+        for place in result["standings"]:
+            mean = "diverged" if place["mean"] is None else f"{place['mean']:.3g}"
+            means.setdefault(place["optimizer"], {})[task] = mean
+    names = sorted(means, key=lambda name: (is_ours(name), name))
+    rows = [[f"`{name}`", *(means[name].get(task, "-") for task in results)] for name in names]
+    outcomes = [verdict.outcome for x in results.values() if (verdict := verdicts.judge(x))]
+    counts = [f"{x} on {outcomes.count(x)}" for x in ("better", "level", "worse")]
+    return {
+        sweep: verdicts.table(results).strip(),
+        f"{sweep}/means": _table(["optimizer", *(x.replace("_", " ") for x in results)], rows),
+        f"{sweep}/outcomes": f"{', '.join(counts)} of {len(outcomes)} tasks",
+        **{f"{sweep}/{task}/{x}": mean for x, own in means.items() for task, mean in own.items()},
+    }
+
+
+def _transferred(sweep: str, results: Any) -> dict[str, str]:
+    found = {sweep: moves.table(results).strip()}
+    for family, optimizers in results.items():
+        for name, own in optimizers.items():
+            rates = [best["learning_rate"] for best in own.values()]
+            found[f"{sweep}/{family}/{name}"] = f"{max(rates) / min(rates):.1f}"
+            for size, best in own.items():
+                found[f"{sweep}/{family}/{name}/{size}"] = f"{best['loss']:.3g}"
+    return found
+
+
+def _timed(parts: Any) -> dict[str, str]:
+    def seconds(row: Any) -> float:
+        return row["seconds"]["median"]
+
+    def compiling(row: Any) -> float:
+        return row["trace_seconds"] + row["compile_seconds"]
+
+    found = {"speed/leaves": _ratios(parts.get("leaves", ()), ["leaves"], seconds, compiling)}
+    for scope in ("leaf", "global"):
+        rows = [row for row in parts.get("transformation", ()) if row["scope"] == scope]
+        found[f"speed/{scope}"] = _ratios(rows, ["model", "dtype"], seconds)
+    for row in parts.get("training", ()):
+        found[f"training/{row['name']}"] = f"{100 * row['ratio']['median']:.1f} %"
+    return found
+
+
+def _ratios(rows: Any, keys: Sequence[str], *values: Callable[[Any], float]) -> str:
+    """What `unit_scale` takes over what others of its scope take; "-" where one was not timed."""
+    scopes = {row["name"]: row["scope"] for row in rows}
+    ours = {scope: name for name, scope in scopes.items() if is_ours(name)}
+    others = [name for name, scope in scopes.items() if scope in ours and not is_ours(name)]
+    timed: dict[str, Any] = {}
+    for row in rows:
+        if "seconds" in row:
+            timed.setdefault(" ".join(str(row[key]) for key in keys), {})[row["name"]] = row
+
+    def cell(own: Any, other: str) -> str:
+        pair = own.get(ours[scopes[other]]), own.get(other)
+        return ", ".join(f"{x(pair[0]) / x(pair[1]):.2f}" for x in values) if all(pair) else "-"
+
+    lines = [[key, *(cell(own, other) for other in others)] for key, own in timed.items()]
+    return _table([" ".join(keys), *(f"`{other}`" for other in others)], lines)
+
+
+if __name__ == "__main__":
+    main()
