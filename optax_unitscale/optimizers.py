@@ -200,7 +200,8 @@ def _decay(
     tree: Any,
 ) -> optax.GradientTransformation:
     if isinstance(weight_decay, float | int) and weight_decay == 0:
-        return optax.identity()  # Which needs no parameters.
+        # Needs neither parameters nor layers, and has the state of what does.
+        return optax.masked(optax.identity(), False)
     decay = optax.add_decayed_weights(weight_decay)
     if mask is not None:
         return optax.masked(decay, (lambda _: mask) if is_tree(mask) else mask)

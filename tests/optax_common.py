@@ -37,7 +37,9 @@ def by_rank(factory: Any) -> Any:
         def make(tree: Any) -> Any:
             ranks = {path.name: np.ndim(x) for path, x in flatten(tree)}
             layers = {n: Kernel(0, -1) if rank > 1 else "vector" for n, rank in ranks.items()}
-            return factory(**options, layers=layers)
+            # Lists have no names by which a layer's leaves would share a norm.
+            own = {"layers": layers} | ({"scope": "leaf"} if factory is unit_sgd else {})
+            return factory(**(options | own))
 
         return optax.GradientTransformationExtraArgs(
             lambda params: make(params).init(params),

@@ -180,5 +180,7 @@ def test_a_leaf_with_reduced_axes_keeps_them_and_an_unreduced_one_is_refused():
         sides = jax.device_put(jnp.ones((8, 8)), P(None, "a")), jax.device_put(x, P("a"))
         unreduced = jax.jit(multiply)(*sides)
         for call in (scaled, gradient_norms):
-            with pytest.raises(ValueError, match=r"is unreduced over .*jax\.sharding\.reshard first"):
+            with pytest.raises(
+                ValueError, match=r"is unreduced over .*jax\.sharding\.reshard first"
+            ):
                 call(unreduced)
