@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -137,16 +138,19 @@ def _train(
     """Trains with one optimizer after the other, then shows what came of it."""
     names, out = [config.optimizer for config in configs], log.path.parent
     console = Console(quiet=not log.writes)
-    console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    say(f"{options.task}: {', '.join(names)}; writing to {out}")
+    if options.coordinator:
+        say(f"If one process dies, all end within a minute. {processes.ADVICE}")
     if options.resume and not log.entries:
-        console.print("There is no run yet to resume; starting one.")
+        say("There is no run yet to resume; starting one.")
     moment = itertools.count(1)
     with interrupt.deferred() as stop, report.progress(console, task.unit) as bar:
 
         def finishes(config: loop.Config) -> bool:
             row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
             every = options.checkpoint_every
-            for step, loss in loop.train(config, task, log, every, layout, console.print):
+            for step, loss in loop.train(config, task, log, every, layout, say):
                 rate = config.batch_size * task.tokens * (bar.tasks[row].speed or 0.0)
                 bar.update(row, completed=step, loss=loss, rate=rate)
                 if processes.stopped(stop, next(moment)):
@@ -159,7 +163,7 @@ def _train(
         if log.writes:
             _show(console, log, names, task, out)
     if not finished:
-        console.print(f"Stopped. Go on with the same options and --resume --out {out}")
+        say(f"Stopped. Go on with the same options and --resume --out {out}")
     return 0 if finished else interrupt.INTERRUPTED
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,7 +86,9 @@ def train(
     evaluate_at = {max(1, config.steps * i // task.evaluations) for i in parts}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     folder = (log.path.parent / "checkpoints" / config.optimizer).absolute()
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    # Without its handler, Orbax would guess from the folder, which may be damaged.
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
         done = _restore(manager, state, say)
         log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
         if not log.of("run", config.optimizer):
@@ -113,6 +117,8 @@ def _restore(manager: ocp.CheckpointManager, state: Any, say: Callable[[str], An
     """Takes the last checkpoint that can be read; its step, 0 where there is none."""
     target = ocp.args.StandardRestore(nnx.to_pure_dict(state))
     damaged: dict[int, str] = {}
+    # What is wrong is said below, in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     for step in sorted(manager.all_steps(), reverse=True):
         # Orbax and the libraries below it raise what they like.
         try:
@@ -135,12 +141,10 @@ def _restore(manager: ocp.CheckpointManager, state: Any, say: Callable[[str], An
 
 
 def _save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    try:
-        manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
-    except Exception as error:
-        # Such as a full disk, which Orbax reports in many ways.
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"cannot write checkpoint {step} to {manager.directory}: {reason}") from error
+    # Orbax tells of a full disk in hundreds of lines.
+    if shutil.disk_usage(manager.directory).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+        raise OSError(f"no space left for checkpoint {step} in {manager.directory}")
+    manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
 
 
 def _conclude(config: Config, task: Task, log: Log, model: nnx.Module) -> None:

@@ -22,10 +22,19 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.arguments import UsageError, count, mesh_sizes
 from benchmarks.training.sharding import AXES, make_mesh
 
-__all__ = ["add_arguments", "check_arguments", "check_same", "is_first", "joined", "stopped"]
+__all__ = [
+    "ADVICE",
+    "add_arguments",
+    "check_arguments",
+    "check_same",
+    "is_first",
+    "joined",
+    "stopped",
+]
 
 # A process that is silent for so long counts as dead, and takes the others along.
 HEARTBEAT_SECONDS = 30
+ADVICE = "Start all of them again with --resume to go on from the last checkpoint."
 _notified = threading.Event()
 
 
@@ -87,6 +96,8 @@ def check_arguments(options: argparse.Namespace, batch_size: int) -> None:
 def joined(options: argparse.Namespace, batch_size: int) -> Iterator[Mesh | None]:
     """Meets the other processes, where the options say so, and ends with one line if that fails.
 
+    Where another process dies, JAX notices first, says so, and aborts; or an operation fails here.
+
     Args:
       options: of the command.
       batch_size: examples in a batch.
@@ -101,9 +112,15 @@ def joined(options: argparse.Namespace, batch_size: int) -> Iterator[Mesh | None
         _connect(options)
         yield _make_mesh(options, batch_size)
     except Exception as error:
-        traceback.print_exc()
-        print("ONE LINE", error, file=sys.stderr, flush=True)
-        os._exit(1)
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, UsageError):
+            reason = f"another process died, or this one cannot go on: {reason}. {ADVICE}"
+            if not isinstance(error, jax.errors.JaxRuntimeError):
+                traceback.print_exc()
+        # A progress bar may stand on the last line.
+        print(f"\npython -m benchmarks train: {reason}", file=sys.stderr, flush=True)
+        # JAX's own end would wait for the others.
+        os._exit(2 if isinstance(error, UsageError) else 1)
 
 
 def is_first() -> bool:
