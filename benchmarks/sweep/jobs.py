@@ -29,7 +29,7 @@ class Job(NamedTuple):
     """
 
     title: str
-    work: Callable[[Remember], None]
+    work: Callable[[Remember], object]
     done: Sequence[Trial] = ()
 
 
