@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import interrupt
-from benchmarks.arguments import Parser
+from benchmarks.arguments import Parser, UsageError
 
 __all__ = ["main"]
 
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
+    """Runs a command and returns its exit status: 2, after one line, where it cannot be done."""
     parser = Parser(
         prog="python -m benchmarks",
         description="Experiments with unit_scale.",
@@ -42,9 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 allow_abbrev=False,
             )
             module.add_arguments(subparser)
-            subparser.set_defaults(parser=subparser, run=module.run)
+            subparser.set_defaults(error=subparser.error, run=module.run)
         options = parser.parse_args(arguments)
-        return options.run(options.parser, options)
+        try:
+            return options.run(options)
+        except (UsageError, OSError) as error:
+            return options.error(str(error))
 
 
 if __name__ == "__main__":

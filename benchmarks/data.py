@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 import platformdirs
 
+from benchmarks.arguments import UsageError
+
 __all__ = [
     "FOLDER_VARIABLE",
     "UnavailableError",
@@ -27,7 +29,7 @@ _Item = TypeVar("_Item")
 FOLDER_VARIABLE = "OPTAX_UNITSCALE_CACHE"
 
 
-class UnavailableError(Exception):
+class UnavailableError(UsageError):
     """Data that is neither here nor to be had; the message is one line that says what to do."""
 
 

@@ -1,36 +1,76 @@
-"""A run's folder and log: which one, that it can be used, and whether it holds the same run."""
+"""A run's folder, which one process holds at a time, and the files in it, which are validated."""
 
-import argparse
-import dataclasses
+import contextlib
 import datetime
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from benchmarks.arguments import Parser
+import filelock
 
-__all__ = ["Entry", "Log", "check_same", "choose_folder", "make_folder", "open_log", "write"]
+from benchmarks.arguments import UsageError
+
+__all__ = ["Entry", "Log", "fits", "folder", "read", "write"]
 
 RUNS = pathlib.Path("runs")
 Entry = dict[str, Any]
 
+# What the entries of each kind hold at least; None stands for what is no finite number.
+_NUMBER = float | None
+_SPLITS = {"train": _NUMBER, "validation": _NUMBER, "test": _NUMBER}
+_STEP = {"optimizer": str, "step": int}
+KINDS: dict[str, Mapping[str, Any]] = {
+    "run": {"optimizer": str, "task": str, "steps": int, "seed": int, "learning_rate": float},
+    "step": {**_STEP, "loss": _NUMBER, "seconds": float, "norms": dict[str, _NUMBER]},
+    "evaluation": {**_STEP, "value": _NUMBER},
+    "result": {"optimizer": str, **_SPLITS},
+    "sample": {"optimizer": str, "text": str},
+    "sweep": {},
+    "trial": {
+        "optimizer": str,
+        "learning_rate": float,
+        "seed": int,
+        "losses": list[_NUMBER],
+        "curve": list[_NUMBER],
+        "results": _SPLITS,
+        "reached": int | None,
+        "seconds": _NUMBER,
+    },
+}
+
 
 class Log:
-    """The entries of a `metrics.jsonl`: one JSON object a line, each line whole or absent.
+    """The entries of a JSON Lines file: one object a line, each line whole or absent.
 
     Attributes:
       writes: whether changes reach the file. Of several processes one writes; the others keep the
         same entries in memory.
+
+    Raises:
+      UsageError: a line is no entry.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.writes = True
-        text = path.read_text() if path.exists() else ""
+        self.entries: list[Entry] = []
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         # A process that was killed may have left half a line behind, always the last.
-        self.entries: list[Entry] = [json.loads(x) for x in text.split("\n")[:-1]]
+        for number, line in enumerate(lines[:-1], 1):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                kind = KINDS.get(entry["kind"]) if fits(entry, {"kind": str}) else None
+                if kind is not None and fits(entry, kind):
+                    self.entries.append(entry)
+            if len(self.entries) < number:
+                raise UsageError(
+                    f"argument --out: line {number} of {path} is no entry of a log; restore that "
+                    "file or name another folder"
+                )
 
     def append(self, **entry: Any) -> None:
         """Adds an entry and hands it to the operating system."""
@@ -46,12 +86,79 @@ class Log:
             write(self.path, "".join(map(_line, self.entries)))
 
     def of(self, kind: str, optimizer: str) -> list[Entry]:
-        """The entries of a kind (run, step, evaluation, result, sample) and an optimizer."""
-        return [e for e in self.entries if (e["kind"], e["optimizer"]) == (kind, optimizer)]
+        """The entries of a kind, and of an optimizer."""
+        return [e for e in self.entries if (e["kind"], e.get("optimizer")) == (kind, optimizer)]
 
 
-def make_folder(parser: Parser, out: pathlib.Path | None, command: str) -> pathlib.Path:
-    """Makes the folder that --out names, or a new one under runs/, if it can be written to."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type; a mapping or annotated class says keys' types."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(fits(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(fits(x, arguments[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(x, arguments[1]) for x in value.values())
+    if isinstance(hint, type) and not typing.get_type_hints(hint):
+        return isinstance(value, (int, float) if hint is float else hint)
+    keys = hint if isinstance(hint, Mapping) else typing.get_type_hints(hint)
+    return isinstance(value, dict) and all(
+        k in value and fits(value[k], h) for k, h in keys.items()
+    )
+
+
+def read(path: pathlib.Path, hint: Any) -> dict[str, Any]:
+    """What an earlier run left in a JSON file, nothing where there is none.
+
+    Raises:
+      UsageError: the file holds something else than `hint` says.
+    """
+    if not path.exists():
+        return {}
+    with contextlib.suppress(ValueError):
+        content = json.loads(path.read_bytes())
+        if fits(content, hint):
+            return content
+    raise UsageError(
+        f"argument --out: {path} is not what an earlier run wrote; restore or delete that file"
+    )
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is whole or as it was, whenever the process ends."""
+    whole = path.with_suffix(".new")
+    whole.write_text(text)
+    whole.replace(path)
+
+
+@contextlib.contextmanager
+def folder(
+    command: str,
+    out: pathlib.Path | None,
+    resume: bool = False,
+    holds: Sequence[str] = (),
+    *,
+    lock: bool = True,
+) -> Iterator[pathlib.Path]:
+    """The folder of --out, else with --resume the newest of the command, else a new one.
+
+    While it is held no other process gets it; the operating system frees it with the process.
+
+    Args:
+      command: its name.
+      out: what --out says.
+      resume: what --resume says.
+      holds: patterns of what lies in a folder in use, which only --resume goes on with.
+      lock: whether to hold the folder; one of several processes that share it does.
+
+    Yields:
+      The folder.
+
+    Raises:
+      UsageError: it is in use, or something cannot be written to it.
+    """
+    if out is None and resume:
+        out = max(RUNS.glob(f"{command}-*"), default=None)
     new = RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         while out is None:
@@ -63,72 +170,26 @@ def make_folder(parser: Parser, out: pathlib.Path | None, command: str) -> pathl
                 new = new.with_name(f"{new.name}-2")
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    except (OSError, ValueError) as error:
-        _cannot_use(parser, out or new, error)
-    return out
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is whole or as it was, whenever the process ends."""
-    whole = path.with_suffix(".new")
-    whole.write_text(text)
-    whole.replace(path)
-
-
-def open_log(parser: Parser, path: pathlib.Path) -> Log:
-    """A log in a run's folder."""
-    try:
-        return Log(path)
-    except (OSError, ValueError) as error:
-        _cannot_use(parser, path.parent, error)
-
-
-def choose_folder(
-    parser: Parser, options: argparse.Namespace, command: str, parts: Sequence[str]
-) -> pathlib.Path | None:
-    """The folder that --out and --resume ask for.
-
-    Args:
-      parser: answers what is wrong.
-      options: the command's.
-      command: its name.
-      parts: patterns of what a folder holds that is in use.
-
-    Returns:
-      The folder; None for a new one.
-    """
-    if options.out is None:
-        earlier = sorted(RUNS.glob(f"{command}-*"))
-        return earlier[-1] if options.resume and earlier else None
-    if any(any(options.out.glob(part)) for part in parts) and not options.resume:
-        parser.error(
-            f"argument --out: {options.out} holds a run; add --resume to go on with it, or name "
-            "another folder"
-        )
-    return options.out
-
-
-def check_same(parser: Parser, log: Log, configs: Sequence[Any]) -> None:
-    """Refuses to go on with a run that was started otherwise, by one of `training.loop.Config`."""
-    for config in configs:
-        runs = log.of("run", config.optimizer)
-        # Without its configuration a checkpoint could be any run's.
-        if not runs and any((log.path.parent / "checkpoints" / config.optimizer).glob("*")):
-            parser.error(
-                f"argument --resume: {log.path} does not say which run the checkpoints of "
-                f"{config.optimizer} belong to; restore that file or name another folder for --out"
+    except OSError as error:
+        raise UsageError(f"argument --out: cannot use {out or new}: {error}") from error
+    with contextlib.ExitStack() as held:
+        try:
+            if lock:
+                held.enter_context(filelock.FileLock(out / ".lock", timeout=0))
+        except filelock.Timeout:
+            raise UsageError(
+                f"argument --out: another run is at work in {out}; wait for its end, or name "
+                "another folder"
+            ) from None
+        if not resume and any(any(out.glob(part)) for part in holds):
+            raise UsageError(
+                f"argument --out: {out} holds a run; add --resume to go on with it, or name "
+                "another folder"
             )
-        for saved in runs:
-            for field, value in dataclasses.asdict(config).items():
-                if saved[field] != value:
-                    parser.error(
-                        f"argument --resume: the run in {log.path.parent} has {field} "
-                        f"{saved[field]} for {config.optimizer}, not {value}; repeat its options"
-                    )
-
-
-def _cannot_use(parser: Parser, out: pathlib.Path, error: Exception) -> NoReturn:
-    parser.error(f"argument --out: cannot use {out}: {error}")
+        try:
+            yield out
+        except OSError as error:
+            raise UsageError(f"stopped: {error}; what {out} holds is whole") from error
 
 
 def _line(entry: Entry) -> str:

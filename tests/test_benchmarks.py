@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import data, tasks
+from benchmarks import data, runs, tasks
 from benchmarks.__main__ import main
+from benchmarks.arguments import UsageError
 from benchmarks.optimizers import SHOWN
 from benchmarks.runs import Log
 from benchmarks.tasks import language_modelling
@@ -146,9 +148,10 @@ def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "argument --steps: expected a whole number of 1 or more, got '0'"),
-        (["--steps", "many"], "argument --steps: expected a whole number of 1 or more, got 'many'"),
-        (["--batch-size", "-3"], "argument --batch-size: expected a whole number of 1 or more"),
+        (["--steps", "0"], "argument --steps: expected a whole number from 1 to 1000000000, got"),
+        (["--steps", "many"], "--steps: expected a whole number from 1 to 1000000000, got 'many'"),
+        (["--steps", "1" + 22 * "0"], "argument --steps: expected a whole number from 1 to"),
+        (["--batch-size", "-3"], "argument --batch-size: expected a whole number from 1 to"),
         (["--seed", "4294967296"], "4294967295, got '4294967296'"),
         (["--seed", "x"], "argument --seed: expected a whole number from 0 to 4294967295"),
         (["--learning-rate", "nan"], "argument --learning-rate: expected a positive number"),
@@ -157,6 +160,7 @@ def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
         (["--task", "chess"], "argument --task: invalid choice: 'chess'"),
         (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),
         (["--out", "/dev/null/run"], "argument --out: cannot use /dev/null/run"),
+        (["--out="], "argument --out: expected the name of a folder, got ''"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--step", "3"], "unrecognized arguments: --step 3"),
     ],
@@ -235,9 +239,75 @@ def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_p
 
 def test_half_a_line_at_the_end_of_the_log_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"kind": "run", "optimizer": "sgd"}) + '\n{"kind": "st')
+    path.write_text(json.dumps({"kind": "sample", "optimizer": "sgd", "text": "a"}) + '\n{"kind')
     log = Log(path)
-    assert [e["kind"] for e in log.entries] == ["run"]
+    assert [e["text"] for e in log.entries] == ["a"]
     log.keep(lambda e: True)
-    log.append(kind="step", optimizer="sgd")
-    assert [e["kind"] for e in Log(path).entries] == ["run", "step"]
+    log.append(kind="sample", optimizer="sgd", text="b")
+    assert [e["text"] for e in Log(path).entries] == ["a", "b"]
+
+
+STEP = {"kind": "step", "optimizer": "sgd", "step": 1, "loss": None, "seconds": 1, "norms": {}}
+    "kind": "step",
+    "optimizer": "sgd",
+    "step": 1,
+    "loss": None,
+    "seconds": 1,
+    "norms": {"w": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "3", "[]", "{}", '{"kind": []}', json.dumps(STEP | {"loss": "x"}), '{"kind": "step"}'],
+)
+def test_a_line_that_is_no_entry_is_refused_in_one_line(line, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(STEP)}\n{line}\n")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *SMALL, "--out", str(tmp_path), "--resume"])
+    error = capsys.readouterr().err
+    assert f"line 2 of {path} is no entry of a log" in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path, capsys):
+    with runs.folder("train", tmp_path), pytest.raises(SystemExit, match="2"):
+        main(["train", *SMALL, "--out", str(tmp_path), "--resume"])
+    error = capsys.readouterr().err
+    assert f"another run is at work in {tmp_path}" in error
+    assert error.count("\n") == 1
+    with runs.folder("train", tmp_path):
+        pass
+
+
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
+    log = Log(tmp_path / "metrics.jsonl")
+    log.path.symlink_to("/dev/full")
+    with (
+        pytest.raises(UsageError, match=r"No space left on device; what .* holds is whole"),
+        runs.folder("train", tmp_path),
+    ):
+        log.append(**STEP)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
+    command = ["train", "--task", "vanishing_4", "--optimizer", "sgd", "--steps", "4"]
+    command += ["--checkpoint-every", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    losses = [e["loss"] for e in steps_of(tmp_path, "sgd")]
+    kept = tmp_path / "checkpoints" / "sgd"
+    for path in (kept / "4").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:50])
+    assert main([*command, "--resume"]) == 0
+    assert f"Checkpoint {kept / '4'} is damaged: going on from 2." in capsys.readouterr().out
+    assert [e["loss"] for e in steps_of(tmp_path, "sgd")] == losses
+    for step in (2, 4):
+        shutil.rmtree(kept / str(step) / "default")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--resume"])
+    assert f"cannot read any checkpoint in {kept}" in capsys.readouterr().err
+    assert {path.name for path in kept.iterdir()} == {"2", "4"}

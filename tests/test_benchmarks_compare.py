@@ -1,8 +1,11 @@
 """`python -m benchmarks compare`: equal budgets, sweeps that go on, and what they say."""
 
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import signal
 import subprocess
@@ -15,12 +18,15 @@ import numpy as np
 import pytest
 from common import compilations
 
-from benchmarks import __main__, tasks
+from benchmarks import __main__, runs, tasks
+from benchmarks.arguments import UsageError
 from benchmarks.commands.compare import PRESETS
 from benchmarks.optimizers import COMPARED, CONTENDERS
-from benchmarks.sweep import compare_search, jobs, verdicts
+from benchmarks.runs import Log
+from benchmarks.sweep import compare_search, jobs, session, verdicts
 from benchmarks.sweep.compare_search import Plan, half_decade, next_index, tune
-from benchmarks.sweep.summary import standings
+from benchmarks.sweep.summary import Result, standings
+from benchmarks.sweep.transfer_search import Best
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -187,28 +193,26 @@ def test_a_run_diverged_whose_loss_is_no_number_or_doubled(losses, diverged):
 
 @pytest.mark.parametrize("optimizer", CONTENDERS)
 def test_no_contender_diverges_at_the_rate_that_its_search_starts_with(task, optimizer):
-    shares: list[float] = []
     # Optax's Adam mixes an integer count with floats.
     with jax.numpy_dtype_promotion("standard"):
-        result = Trials(task, optimizer, 60, 64).run(CONTENDERS[optimizer].rate, 0, shares.append)
+        result = Trials(task, optimizer, 60, 64).run(CONTENDERS[optimizer].rate, 0)
     assert not result.diverged
-    assert sum(shares) == pytest.approx(1)
     assert None not in [*result.curve, *result.results.values()]
 
 
 def test_trials_share_what_was_compiled_and_repeat_bit_for_bit(task):
     trials = Trials(task, "unit_scale", 40, 64)
-    first = trials.run(0.1, 0, lambda share: None)
+    first = trials.run(0.1, 0)
     before = compilations()
-    other = trials.run(0.03, 1, lambda share: None)
-    again = trials.run(0.1, 0, lambda share: None)
+    other = trials.run(0.03, 1)
+    again = trials.run(0.1, 0)
     assert compilations() == before
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(first, seconds=0)
     assert other.losses != first.losses
 
 
 def test_a_trial_that_leaves_the_numbers_ends_there(task):
-    result = Trials(task, "sgd", 40, 64).run(1e38, 0, lambda share: None)
+    result = Trials(task, "sgd", 40, 64).run(1e38, 0)
     assert result.diverged
     assert result.results == {"train": None, "validation": None, "test": None}
     json.dumps(dataclasses.asdict(result), allow_nan=False)
@@ -300,7 +304,37 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, options, message
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_broken_file_of_results_is_refused_before_the_work(tmp_path, capsys):
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps({TASK: {"metric": "accuracy"}}))
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["compare", "--task", TASK, "--preset", "try", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert f"{path} is not what an earlier run wrote; restore or delete that file" in error
+    assert error.count("\n") == 1
+    assert {x.name for x in tmp_path.iterdir()} == {path.name, ".lock"}
+
+
+def test_earlier_results_can_be_read_and_gone_on_with():
+    folder = ROOT / "benchmarks/results/cpu-2-cores"
+    files = [*folder.glob("*/*.jsonl")]
+    assert len(files) > 10
+    assert all(session.trials(Log(path)) for path in files)
+    assert runs.read(folder / "compare/compare.json", dict[str, Result])
+    assert runs.read(folder / "transfer/transfer.json", dict[str, dict[str, dict[str, Best]]])
+
+
 def test_a_process_that_fails_is_reported():
-    job = compare_search.Job(TASK, "nobody", PLAN)
-    with pytest.raises(RuntimeError, match=f"nobody on {TASK} ended with status 1"):
-        list(jobs.run(compare_search.work, [job], 1, lambda: False))
+    work = functools.partial(compare_search.work, TASK, "nobody", PLAN)
+    with pytest.raises(UsageError, match=f"nobody on {TASK} ended with status 1"):
+        list(jobs.run([jobs.Job(f"nobody on {TASK}", work)], 1, lambda: False))
+
+
+def test_ctrl_c_never_reaches_a_process_that_has_just_started():
+    def interrupt() -> bool:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGINT)
+        return False
+
+    # What the process runs: it asks whether what it got can be called.
+    assert list(jobs.run([jobs.Job("idle", callable)], 1, interrupt)) == [(0, None)]

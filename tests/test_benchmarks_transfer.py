@@ -189,7 +189,9 @@ def test_what_costs_the_cube_of_the_width_is_left_out_where_nobody_asks_for_it(
     tmp_path, capsys, monkeypatch
 ):
     ran = []
-    monkeypatch.setattr(session, "run", lambda *args: ran.extend(str(job) for job, _, _ in args[3]))
+    monkeypatch.setattr(
+        session.Sweep, "run", lambda _, todo, workers: ran.extend(x.job.title for x in todo)
+    )
     command = ["transfer", "--family", "mlp_width", "--out", str(tmp_path), "--resume"]
     (tmp_path / "mlp_width.jsonl").touch()
     sizes = ["--size", "1024", "--size", "4096"]

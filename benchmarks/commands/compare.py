@@ -5,27 +5,21 @@ A sweep that was stopped goes on with --resume.
 """
 
 import argparse
-import dataclasses
+import functools
 import itertools
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import data, interrupt, machine, runs
-from benchmarks.arguments import Parser
+from benchmarks.arguments import add_several
 from benchmarks.optimizers import COMPARED
 from benchmarks.sweep import compare_search, session, verdicts
 from benchmarks.sweep.figures import plot_rates
-from benchmarks.sweep.summary import NEAR, Standing, standings
-from benchmarks.sweep.trial import Trial
+from benchmarks.sweep.jobs import Job
+from benchmarks.sweep.summary import NEAR, Result, Standing, standings
 from benchmarks.tasks import TASKS, Task, load
 
 __all__ = ["PRESETS", "add_arguments", "run"]
@@ -44,20 +38,9 @@ FIXED = ("data_sha256", "steps", "batch_size", "plan", "target")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add = parser.add_argument
-    add(
-        "--task",
-        action="append",
-        choices=TASKS,
-        help="a task to compare on; repeat it for several (default: all but finetune)",
-    )
-    add(
-        "--optimizer",
-        action="append",
-        choices=COMPARED,
-        help="an optimizer to compare; repeat it for several (default: all)",
-    )
-    add(
+    add_several(parser, "--task", "a task to compare on", "all but finetune", choices=TASKS)
+    add_several(parser, "--optimizer", "an optimizer to compare", "all", choices=COMPARED)
+    parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
@@ -68,51 +51,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs what is missing, writes, prints; returns the exit status."""
-    mpl.use("Agg")
-    names = list(dict.fromkeys(options.task or SWEPT))
-    contenders = list(dict.fromkeys(options.optimizer or COMPARED))
+    tasks = {name: load(name) for name in dict.fromkeys(options.task or SWEPT)}
     plan = PRESETS[options.preset]
-    out = runs.choose_folder(parser, options, "compare", ("*.jsonl",))
-    try:
-        tasks = {name: load(name) for name in names}
-    except data.UnavailableError as error:
-        parser.error(f"argument --task: {error}")
-    out = runs.make_folder(parser, out, "compare")
-    logs = {name: runs.open_log(parser, out / f"{name}.jsonl") for name in names}
-    for name, log in logs.items():
-        session.begin(parser, log, _about(name, tasks[name], plan), FIXED)
-    console = Console()
-    console.print(f"writing to {out}", soft_wrap=True)
-    todo = []
-    for name, optimizer in itertools.product(names, contenders):
-        done = session.trials(logs[name], optimizer=optimizer)
-        job = compare_search.Job(name, optimizer, plan, done)
-        todo.append((job, len(done), plan.rates + plan.seeds))
-
-    def record(job: compare_search.Job, trial: Trial) -> None:
-        logs[job.task].append(kind="trial", **dataclasses.asdict(trial))
-
-    with interrupt.deferred() as stop:
-        session.run(console, options, compare_search.work, todo, record, stop)
-        results = {}
+    abouts = {name: _about(name, task, plan) for name, task in tasks.items()}
+    with session.opened("compare", options, abouts, FIXED, dict[str, Result]) as sweep:
+        todo = []
+        for name, optimizer in itertools.product(
+            tasks, dict.fromkeys(options.optimizer or COMPARED)
+        ):
+            work = functools.partial(compare_search.work, name, optimizer, plan)
+            done = session.trials(sweep.logs[name], optimizer=optimizer)
+            job = Job(f"{optimizer} on {name}", work, done)
+            todo.append(session.Todo(job, sweep.logs[name], plan.rates + plan.seeds))
+        sweep.run(todo, options.workers)
         for name, task in tasks.items():
-            trials = session.trials(logs[name])
+            trials = session.trials(sweep.logs[name])
             if trials:
                 places = standings(trials, task)
-                results[name] = _result(task, plan, places)
-                console.print(_table(name, task, places))
-                figure = plot_rates(name, task, trials, places)
-                figure.savefig(out / f"{name}.png", dpi=130)
-                plt.close(figure)
-                console.print(f"wrote {out / name}.png", soft_wrap=True)
-        for path in _write(out, results):
-            console.print(f"wrote {path}", soft_wrap=True)
-    if stop.is_set():
-        console.print(f"Stopped. Go on with the same options and --resume --out {out}")
-        return interrupt.INTERRUPTED
-    return 0
+                sweep.results[name] = _result(task, plan, places)
+                sweep.console.print(_table(name, task, places))
+                sweep.save(plot_rates(name, task, trials, places), f"{name}.png")
+        sweep.write_results("compare.json")
+        drawn = {name: result for name, result in sweep.results.items() if verdicts.judge(result)}
+        if drawn:
+            sweep.save(verdicts.plot_tasks(drawn), "compare.png")
+            sweep.write("compare.md", verdicts.table(drawn))
+        return sweep.status()
 
 
 def _about(name: str, task: Task, plan: compare_search.Plan) -> dict[str, Any]:
@@ -126,7 +92,6 @@ def _about(name: str, task: Task, plan: compare_search.Plan) -> dict[str, Any]:
         "steps": plan.steps(task),
         "batch_size": task.batch_size * plan.batch_size,
         "plan": plan._asdict(),
-        **machine.about(*session.PACKAGES),
     }
 
 
@@ -169,7 +134,7 @@ def _format(value: float | None, how: str = ".4g") -> str:
     return "-" if value is None else format(value, how)
 
 
-def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -> dict[str, Any]:
+def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -> Result:
     """What `compare.json` holds of a task."""
     return {
         "metric": task.metric,
@@ -178,18 +143,3 @@ def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -
         "steps": plan.steps(task),
         "standings": [place._asdict() for place in places],
     }
-
-
-def _write(out: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
-    """Adds results to those of other tasks, and draws all that have both sides to compare."""
-    path = out / "compare.json"
-    results = (json.loads(path.read_text()) if path.exists() else {}) | results
-    runs.write(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    drawn = {name: result for name, result in results.items() if verdicts.judge(result)}
-    if not drawn:
-        return [path]
-    figure = verdicts.plot_tasks(drawn)
-    figure.savefig(out / "compare.png", dpi=130)
-    plt.close(figure)
-    runs.write(out / "compare.md", verdicts.table(drawn))
-    return [path, out / "compare.png", out / "compare.md"]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import machine, runs
-from benchmarks.arguments import Parser
+from benchmarks.arguments import add_out
 from benchmarks.lowering import forecast
 from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
 from benchmarks.lowering.updates import CONFIG, METHODS, measure
@@ -37,15 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what to compile: {'; '.join(METHODS)}; repeat it for several (default: all)",
     )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder for lower.json and forecast.md (default: a new one under runs/)",
-    )
+    add_out(parser, "lower.json and forecast.md")
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compiles, writes, prints; returns the exit status."""
     console = Console()
     wanted = list(dict.fromkeys(options.topology or TOPOLOGIES))
@@ -61,7 +56,11 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             )
     if not names:
         return 1
-    out = runs.make_folder(parser, options.out, "lower")
+    with runs.folder("lower", options.out) as out:
+        return _run(console, names, methods, out)
+
+
+def _run(console: Console, names: list[str], methods: list[str], out: pathlib.Path) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with Progress(*columns, console=console) as progress:
@@ -72,8 +71,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
                 results[name][method] = measure(name, method)
                 progress.advance(task)
     shares = forecast.shares(results)
-    (out / "lower.json").write_text(_as_json(results, shares))
-    (out / "forecast.md").write_text(forecast.as_markdown(shares))
+    runs.write(out / "lower.json", _as_json(results, shares))
+    runs.write(out / "forecast.md", forecast.as_markdown(shares))
     for name, rows in results.items():
         console.print(_table(name, rows))
     for name in ("lower.json", "forecast.md"):

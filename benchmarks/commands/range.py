@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, runs
-from benchmarks.arguments import Parser
+from benchmarks.arguments import add_out
 from optax_unitscale import unit_scale
 
 __all__ = ["DTYPES", "METHODS", "add_arguments", "extent", "measure", "run"]
@@ -59,25 +59,20 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder for range.json and range.png (default: a new one under runs/)",
-    )
+    add_out(parser, "range.json and range.png")
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
     console = Console()
-    out = runs.make_folder(parser, options.out, "range")
-    results = {dtype: measure(dtype) for dtype in DTYPES}
-    (out / "range.json").write_text(_as_json(results))
     mpl.use("Agg")
-    _plot(results, out / "range.png")
-    console.print(_table(results))
-    for name in ("range.png", "range.json"):
-        console.print(f"wrote {out / name}", soft_wrap=True)
+    with runs.folder("range", options.out) as out:
+        results = {dtype: measure(dtype) for dtype in DTYPES}
+        runs.write(out / "range.json", _as_json(results))
+        _plot(results, out / "range.png")
+        console.print(_table(results))
+        for name in ("range.png", "range.json"):
+            console.print(f"wrote {out / name}", soft_wrap=True)
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import interrupt, machine, runs
-from benchmarks.arguments import Parser, whole_number
+from benchmarks.arguments import add_out, count
 from benchmarks.timing.figures import plot_growth, plot_ratios, plot_sizes
 from benchmarks.timing.growth import LEAVES
 from benchmarks.timing.jobs import DTYPES, PARTS, Job, plan
@@ -52,31 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--most-leaves",
-        type=whole_number(LEAVES[0], LEAVES[-1]),
+        type=count(LEAVES[0], LEAVES[-1]),
         default=1000,
         metavar="N",
         help="the most leaves to time; thousands take minutes (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
-        type=whole_number(5),
+        type=count(5),
         default=40,
         metavar="N",
         help="how often each contender is timed, in turn; training steps a quarter as often "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder for speed.json and the figures (default: a new one under runs/)",
-    )
+    add_out(parser, "speed.json and the figures")
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measures, writes, prints; returns the exit status."""
+    with runs.folder("speed", options.out) as out:
+        return _run(options, out)
+
+
+def _run(options: argparse.Namespace, out: pathlib.Path) -> int:
     console = Console()
-    out = runs.make_folder(parser, options.out, "speed")
     jobs = plan(
         list(dict.fromkeys(options.part or PARTS)),
         list(dict.fromkeys(options.model or ["1M", "35M", "124M"])),

@@ -1,17 +1,17 @@
 """Trains the same model on the same batches with each optimizer, and compares them."""
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import pathlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 
 import matplotlib as mpl
 from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks import data, interrupt, runs
-from benchmarks.arguments import Parser, positive_number, whole_number
+from benchmarks.arguments import UsageError, add_out, add_several, count, positive
 from benchmarks.optimizers import CONTENDERS, SHOWN
 from benchmarks.runs import Log
 from benchmarks.tasks import TASKS, Task, load, summary
@@ -40,68 +40,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--steps",
-        type=whole_number(1),
+        type=count(),
         metavar="N",
         help="training steps for each optimizer (default: the task's)",
     )
-    add(
-        "--optimizer",
-        action="append",
-        choices=tuple(CONTENDERS),
-        help=f"an optimizer to train with; repeat it for several (default: {', '.join(SHOWN)})",
-    )
+    what = "an optimizer to train with"
+    add_several(parser, "--optimizer", what, ", ".join(SHOWN), choices=tuple(CONTENDERS))
     add(
         "--learning-rate",
-        type=positive_number,
+        type=positive,
         metavar="RATE",
         help="peak learning rate of every optimizer (default: the task's for each)",
     )
     add(
         "--seed",
-        type=whole_number(0, LARGEST_SEED),
+        type=count(0, LARGEST_SEED),
         default=0,
         metavar="N",
         help="decides weights, batches and samples (default: %(default)s)",
     )
     add(
         "--batch-size",
-        type=whole_number(1),
+        type=count(),
         metavar="N",
         help="examples in a batch (default: the task's)",
     )
     add(
-        "--out",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder for metrics, figures and checkpoints (default: a new one under runs/)",
-    )
-    add(
         "--checkpoint-every",
-        type=whole_number(1),
+        type=count(),
         default=200,
         metavar="N",
         help="steps between checkpoints (default: %(default)s)",
     )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on where the run in --out, or the newest under runs/, stopped",
-    )
+    add_out(parser, "metrics, figures and checkpoints", "run")
     processes.add_arguments(parser)
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Trains, writes, prints; returns the exit status."""
-    names = list(dict.fromkeys(options.optimizer or SHOWN))
     # Figures go to files; a desktop's windows would come between.
     mpl.use("Agg")
-    try:
-        task = load(options.task)
-    except data.UnavailableError as error:
-        parser.error(f"argument --task: {error}")
+    task = load(options.task)
     batch_size = options.batch_size or task.batch_size
-    processes.check_arguments(parser, options, batch_size)
-    out = runs.choose_folder(parser, options, "train", ("metrics.jsonl", "checkpoints"))
+    processes.check_arguments(options, batch_size)
     configs = [
         loop.Config(
             task=options.task,
@@ -113,53 +94,77 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             batch_size=batch_size,
             seed=options.seed,
         )
-        for name in names
+        for name in dict.fromkeys(options.optimizer or SHOWN)
     ]
-    out = runs.make_folder(parser, out, "train")
-    log = runs.open_log(parser, out / "metrics.jsonl")
-    runs.check_same(parser, log, configs)
-    same = (configs, options.mesh, options.checkpoint_every, log.entries)
-    with processes.joined(parser, options, batch_size, same) as mesh:
-        layout = Layout(mesh)
-        log.writes = processes.is_first()
-        console = Console(quiet=not log.writes)
-        console.print(f"{options.task}: {', '.join(names)}; writing to {out}", soft_wrap=True)
-        if options.resume and not log.entries:
-            console.print("There is no run yet to resume; starting one.")
-        train = functools.partial(
-            loop.train, task=task, log=log, every=options.checkpoint_every, layout=layout
-        )
-        with interrupt.deferred() as stop:
-            with report.progress(console, task.unit) as bar:
-                finished = _train(bar, configs, task.tokens, train, out / "checkpoints", stop)
-            if log.writes:
-                _show(console, log, names, task, out)
-    if not finished:
-        console.print(f"Stopped. Go on with the same options and --resume --out {out}")
-        return interrupt.INTERRUPTED
-    return 0
+    with processes.joined(options, batch_size) as mesh:
+        # Without a mesh there is but one process.
+        is_first = mesh is None or processes.is_first()
+        resume, holds = options.resume, ("metrics.jsonl", "checkpoints")
+        with runs.folder("train", options.out, resume, holds, lock=is_first) as out:
+            log = Log(out / "metrics.jsonl")
+            _check_resumed(log, configs)
+            processes.check_same(
+                mesh, (configs, options.mesh, options.checkpoint_every, log.entries)
+            )
+            log.writes = is_first
+            return _train(options, configs, task, log, Layout(mesh))
+
+
+def _check_resumed(log: Log, configs: Sequence[loop.Config]) -> None:
+    """Refuses to go on with a run that was started otherwise."""
+    for config in configs:
+        saved = log.of("run", config.optimizer)
+        # Without its configuration a checkpoint could be any run's.
+        if not saved and any((log.path.parent / "checkpoints" / config.optimizer).glob("*")):
+            raise UsageError(
+                f"argument --resume: {log.path} does not say which run the checkpoints of "
+                f"{config.optimizer} belong to; restore that file or name another folder for --out"
+            )
+        for field, value in dataclasses.asdict(config).items():
+            if saved and saved[0].get(field) != value:
+                raise UsageError(
+                    f"argument --resume: the run in {log.path.parent} has {field} "
+                    f"{saved[0].get(field)} for {config.optimizer}, not {value}; repeat its options"
+                )
 
 
 def _train(
-    bar: Progress,
-    configs: list[loop.Config],
-    tokens: int,
-    train: Callable[..., Iterator[tuple[int, float]]],
-    checkpoints: pathlib.Path,
-    stop: threading.Event,
-) -> bool:
-    """Trains with one optimizer after the other; whether to the end."""
-    moment = 0
-    for config in configs:
-        row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
-        for step, loss in train(config, checkpoints=checkpoints / config.optimizer):
-            rate = config.batch_size * tokens * (bar.tasks[row].speed or 0.0)
-            bar.update(row, completed=step, loss=loss, rate=rate)
-            moment += 1
-            if processes.stopped(stop, moment):
-                return False
-        bar.update(row, completed=config.steps)
-    return True
+    options: argparse.Namespace,
+    configs: Sequence[loop.Config],
+    task: Task,
+    log: Log,
+    layout: Layout,
+) -> int:
+    """Trains with one optimizer after the other, then shows what came of it."""
+    names, out = [config.optimizer for config in configs], log.path.parent
+    console = Console(quiet=not log.writes)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    say(f"{options.task}: {', '.join(names)}; writing to {out}")
+    if options.coordinator:
+        say(f"If one process dies, all end within a minute. {processes.ADVICE}")
+    if options.resume and not log.entries:
+        say("There is no run yet to resume; starting one.")
+    moment = itertools.count(1)
+    with interrupt.deferred() as stop, report.progress(console, task.unit) as bar:
+
+        def finishes(config: loop.Config) -> bool:
+            row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
+            every = options.checkpoint_every
+            for step, loss in loop.train(config, task, log, every, layout, say):
+                rate = config.batch_size * task.tokens * (bar.tasks[row].speed or 0.0)
+                bar.update(row, completed=step, loss=loss, rate=rate)
+                if processes.stopped(stop, next(moment)):
+                    return False
+            bar.update(row, completed=config.steps)
+            return True
+
+        finished = all(map(finishes, configs))
+        bar.stop()
+        if log.writes:
+            _show(console, log, names, task, out)
+    if not finished:
+        say(f"Stopped. Go on with the same options and --resume --out {out}")
+    return 0 if finished else interrupt.INTERRUPTED
 
 
 def _show(console: Console, log: Log, names: list[str], task: Task, out: pathlib.Path) -> None:

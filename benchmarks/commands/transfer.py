@@ -5,26 +5,21 @@ that was stopped goes on with --resume.
 """
 
 import argparse
-import dataclasses
+import functools
 import itertools
-import json
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import interrupt, machine, runs
-from benchmarks.arguments import Parser, whole_number
+from benchmarks.arguments import UsageError, add_several, count
 from benchmarks.optimizers import CONTENDERS, ORTHOGONAL, TRANSFERRED
 from benchmarks.runs import Log
 from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
-from benchmarks.sweep.trial import Trial
+from benchmarks.sweep.jobs import Job
+from benchmarks.sweep.transfer_search import Best
 
 __all__ = ["add_arguments", "run"]
 
@@ -35,28 +30,13 @@ FIXED = ("family", "length", "data_sha256")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add = parser.add_argument
     about = ", ".join(f"{name} ({family.what})" for name, family in FAMILIES.items())
-    add(
-        "--family",
-        action="append",
-        choices=tuple(FAMILIES),
-        help=f"what differs; repeat it for several (default: all): {about}",
-    )
-    add(
-        "--optimizer",
-        action="append",
-        choices=tuple(CONTENDERS),
-        help=f"an optimizer to compare; repeat it for several (default: {', '.join(TRANSFERRED)})",
-    )
-    add(
-        "--size",
-        action="append",
-        type=whole_number(1),
-        metavar="N",
-        help="one of a family's sizes; repeat it for several (default: all)",
-    )
-    add(
+    add_several(parser, "--family", f"what differs, {about}", "all", choices=tuple(FAMILIES))
+    what, default = "an optimizer to compare", ", ".join(TRANSFERRED)
+    add_several(parser, "--optimizer", what, default, choices=tuple(CONTENDERS))
+    what = "one of a family's sizes"
+    add_several(parser, "--size", what, "all", type=count(), metavar="N")
+    parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
@@ -67,68 +47,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
 
 
-def run(parser: Parser, options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs what is missing, writes, prints; returns the exit status."""
-    mpl.use("Agg")
-    names = list(dict.fromkeys(options.family or FAMILIES))
-    optimizers = list(dict.fromkeys(options.optimizer or TRANSFERRED))
-    length = PRESETS[options.preset]
-    sizes = _sizes(parser, options, names)
-    names = list(sizes)
-    out = runs.make_folder(
-        parser, runs.choose_folder(parser, options, "transfer", ("*.jsonl",)), "transfer"
-    )
-    logs = {name: runs.open_log(parser, out / f"{name}.jsonl") for name in names}
-    for name, log in logs.items():
-        fingerprint = FAMILIES[name].member(sizes[name][0], length).task.fingerprint
-        about = {"family": name, "length": length, "data_sha256": fingerprint}
-        session.begin(parser, log, about | machine.about(*session.PACKAGES), FIXED)
-    console = Console()
-    console.print(f"writing to {out}", soft_wrap=True)
-    todo = []
-    for name in names:
-        for size, optimizer in itertools.product(sizes[name], optimizers):
-            if _is_too_slow(options, name, size, optimizer):
-                console.print(f"left out on CPU but for --optimizer: {optimizer} on {name} {size}")
-                continue
-            done = session.trials(logs[name], size=size, optimizer=optimizer)
-            # How many it takes shows on the way; one that is complete finds that out at once.
-            job = transfer_search.Job(name, size, optimizer, length, done)
-            todo.append((job, min(len(done), transfer_search.TRIALS - 1), transfer_search.TRIALS))
-
-    def record(job: transfer_search.Job, trial: Trial) -> None:
-        logs[job.family].append(kind="trial", size=job.size, **dataclasses.asdict(trial))
-
-    with interrupt.deferred() as stop:
-        session.run(console, options, transfer_search.work, todo, record, stop)
-        results = {name: _results(log) for name, log in logs.items()}
-        for name, found in results.items():
+    sizes, length = _sizes(options), PRESETS[options.preset]
+    abouts = {name: _about(name, own[0], length) for name, own in sizes.items()}
+    hint = dict[str, dict[str, dict[str, Best]]]
+    with session.opened("transfer", options, abouts, FIXED, hint) as sweep:
+        sweep.run([*_todo(options, sizes, length, sweep)], options.workers)
+        for name, log in sweep.logs.items():
+            found = _results(log)
             if found:
-                console.print(_table(name, found))
-                trials = {
-                    size: session.trials(logs[name], size=size)
-                    for size in sorted({size for own in found.values() for size in own})
-                }
-                figure = moves.plot_losses(name, trials, found)
-                figure.savefig(out / f"{name}.png", dpi=130)
-                plt.close(figure)
-                console.print(f"wrote {out / name}.png", soft_wrap=True)
-        for path in _write(out, results):
-            console.print(f"wrote {path}", soft_wrap=True)
-    if stop.is_set():
-        console.print(f"Stopped. Go on with the same options and --resume --out {out}")
-        return interrupt.INTERRUPTED
-    return 0
+                sweep.console.print(_table(name, found))
+                tried = sorted({size for own in found.values() for size in own})
+                trials = {size: session.trials(log, size=size) for size in tried}
+                sweep.save(moves.plot_losses(name, trials, found), f"{name}.png")
+            sweep.results[name] = {
+                optimizer: {str(size): best._asdict() for size, best in own.items()}
+                for optimizer, own in found.items()
+            }
+        sweep.write_results("transfer.json")
+        sweep.write("transfer.md", moves.table(sweep.results))
+        return sweep.status()
 
 
-def _sizes(parser: Parser, options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def _about(name: str, size: int, length: float) -> dict[str, Any]:
+    """The entry that opens a family's file."""
+    fingerprint = FAMILIES[name].member(size, length).task.fingerprint
+    return {"family": name, "length": length, "data_sha256": fingerprint}
+
+
+def _todo(
+    options: argparse.Namespace,
+    sizes: Mapping[str, Sequence[int]],
+    length: float,
+    sweep: session.Sweep,
+) -> Iterator[session.Todo]:
+    """What to run, but for what takes hours and nobody asked for."""
+    optimizers = dict.fromkeys(options.optimizer or TRANSFERRED)
+    for name, log in sweep.logs.items():
+        for size, optimizer in itertools.product(sizes[name], optimizers):
+            title = f"{optimizer} on {name} {size}"
+            is_small = options.preset == "accelerator" or size <= FAMILIES[name].orthogonal
+            if optimizer in ORTHOGONAL and not is_small and not options.optimizer:
+                sweep.console.print(f"left out on CPU but for --optimizer: {title}")
+                continue
+            work = functools.partial(transfer_search.work, name, size, optimizer, length)
+            done = session.trials(log, size=size, optimizer=optimizer)
+            # How many it takes shows on the way; one that is complete finds that out at once.
+            total = max(transfer_search.TRIALS, len(done) + 1)
+            yield session.Todo(Job(title, work, done), log, total, {"size": size})
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, list[int]]:
     """The sizes of each family that were asked for; families without any are left out."""
-    is_large = options.preset == "accelerator"
-    every = {name: FAMILIES[name].large if is_large else FAMILIES[name].sizes for name in names}
+    which = "large" if options.preset == "accelerator" else "sizes"
+    every = {name: getattr(FAMILIES[name], which) for name in options.family or FAMILIES}
     for size in options.size or ():
         if not any(size in sizes for sizes in every.values()):
             choices = "; ".join(f"{name}: {', '.join(map(str, x))}" for name, x in every.items())
-            parser.error(f"argument --size: none has {size}, expected one of {choices}")
+            raise UsageError(f"argument --size: none has {size}, expected one of {choices}")
     wanted = {
         name: [size for size in sizes if size in (options.size or sizes)]
         for name, sizes in every.items()
@@ -136,15 +113,9 @@ def _sizes(parser: Parser, options: argparse.Namespace, names: Sequence[str]) ->
     return {name: sizes for name, sizes in wanted.items() if sizes}
 
 
-def _is_too_slow(options: argparse.Namespace, name: str, size: int, optimizer: str) -> bool:
-    """Whether a member takes hours, and nobody asked for this optimizer."""
-    is_small = options.preset == "accelerator" or size <= FAMILIES[name].orthogonal
-    return optimizer in ORTHOGONAL and not is_small and not options.optimizer
-
-
-def _results(log: Log) -> dict[str, dict[int, Any]]:
+def _results(log: Log) -> dict[str, dict[int, Best]]:
     """By optimizer and size, what `transfer_search.best` says and what there is of it."""
-    results: dict[str, dict[int, Any]] = {}
+    results: dict[str, dict[int, Best]] = {}
     sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
     optimizers = dict.fromkeys((*TRANSFERRED, *CONTENDERS))
     for optimizer, size in itertools.product(optimizers, sizes):
@@ -154,7 +125,7 @@ def _results(log: Log) -> dict[str, dict[int, Any]]:
     return results
 
 
-def _table(name: str, results: dict[str, dict[int, Any]]) -> Table:
+def _table(name: str, results: dict[str, dict[int, Best]]) -> Table:
     """One row an optimizer: the best rate at every size, how far it moves, the loss it reaches."""
     sizes = sorted({size for found in results.values() for size in found})
     table = Table(
@@ -168,30 +139,12 @@ def _table(name: str, results: dict[str, dict[int, Any]]) -> Table:
     for heading in (*map(str, sizes), "moves", f"loss at {sizes[-1]}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for optimizer, found in results.items():
-        rates = [rate for rate, _, _ in found.values()]
+        rates = [best.learning_rate for best in found.values()]
         last = found.get(sizes[-1])
         table.add_row(
             optimizer,
-            *(f"{found[size][0]:.2g}" if size in found else "-" for size in sizes),
+            *(f"{found[size].learning_rate:.2g}" if size in found else "-" for size in sizes),
             f"{max(rates) / min(rates):.1f}",
-            f"{last[1]:.3f} ±{last[2] / 2:.3f}" if last else "-",
+            f"{last.loss:.3f} ±{last.range / 2:.3f}" if last else "-",
         )
     return table
-
-
-def _write(out: pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
-    """The results, and those of other families that are there, as JSON and as a table."""
-    path = out / "transfer.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    for name, found in results.items():
-        content[name] = {
-            optimizer: {
-                str(size): dict(zip(("learning_rate", "loss", "range"), best, strict=True))
-                for size, best in own.items()
-            }
-            for optimizer, own in found.items()
-        }
-    runs.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    table = path.with_suffix(".md")
-    runs.write(table, moves.table(content))
-    return [path, table]

@@ -1,16 +1,16 @@
 """How an optimizer is tuned: half-decades of its learning rate, then further seeds at the best."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks import tasks
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.sweep.jobs import Tell
+from benchmarks.sweep.jobs import Remember, Run
 from benchmarks.sweep.trial import Trial, Trials
 from benchmarks.tasks import Task
 
-__all__ = ["Job", "Plan", "best_rate", "half_decade", "next_index", "tune", "work", "worth"]
+__all__ = ["Plan", "best_rate", "half_decade", "next_index", "tune", "work", "worth"]
 
 
 class Plan(NamedTuple):
@@ -33,42 +33,14 @@ class Plan(NamedTuple):
         return max(1, round(task.sweep * self.length))
 
 
-class Job(NamedTuple):
-    """All trials of one optimizer on one task.
-
-    Attributes:
-      task: its name.
-      optimizer: its name.
-      plan: how many.
-      done: those that an earlier sweep has.
-    """
-
-    task: str
-    optimizer: str
-    plan: Plan
-    done: Sequence[Trial] = ()
-
-    def __str__(self) -> str:
-        """What errors and the progress bar say."""
-        return f"{self.optimizer} on {self.task}"
+def work(name: str, optimizer: str, plan: Plan, remember: Remember) -> None:
+    """Runs all trials of one optimizer on one task, given their names."""
+    task = tasks.load(name)
+    trials = Trials(task, optimizer, plan.steps(task), task.batch_size * plan.batch_size)
+    tune(remember(trials), task, optimizer, plan)
 
 
-def work(job: Job, tell: Tell) -> None:
-    """Runs what is missing of a job."""
-    task, plan = tasks.load(job.task), job.plan
-    trials = Trials(task, job.optimizer, plan.steps(task), task.batch_size * plan.batch_size)
-    done = {(trial.learning_rate, trial.seed): trial for trial in job.done}
-
-    def trial(rate: float, seed: int) -> Trial:
-        if (rate, seed) not in done:
-            done[rate, seed] = trials.run(rate, seed, lambda share: tell(share, None))
-            tell(0.0, done[rate, seed])
-        return done[rate, seed]
-
-    tune(trial, task, job.optimizer, plan)
-
-
-def tune(trial: Callable[[float, int], Trial], task: Task, optimizer: str, plan: Plan) -> None:
+def tune(trial: Run, task: Task, optimizer: str, plan: Plan) -> None:
     """Asks for as many trials of one optimizer as of any other.
 
     Args:

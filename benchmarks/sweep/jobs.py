@@ -2,101 +2,112 @@
 
 import multiprocessing
 import os
-import queue
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-__all__ = ["News", "Tell", "run"]
+from benchmarks.arguments import UsageError
+from benchmarks.sweep.trial import Trial, Trials
 
-# What a job calls: how much of a trial was done since the last call, and a trial that has ended.
-Tell = Callable[[float, Any], None]
+__all__ = ["Job", "Remember", "Run", "run"]
+
+# Trains at a learning rate with a seed.
+Run = Callable[[float, int], Trial]
+# Makes a `Run` that tells what comes out, and repeats nothing.
+Remember = Callable[[Trials], Run]
 
 
-class News(NamedTuple):
-    """What a job has to tell.
+class Job(NamedTuple):
+    """All trials of one optimizer on one task.
 
     Attributes:
-      job: which one, by its place.
-      share: how much of a trial was done since it last told.
-      trial: one that has ended, or None.
+      title: what errors and the progress bar say.
+      work: runs them, by what it is given; a function of a module, or a `partial` of one.
+      done: those that an earlier sweep has.
     """
 
-    job: int
-    share: float
-    trial: Any
+    title: str
+    work: Callable[[Remember], object]
+    done: Sequence[Trial] = ()
 
 
 def run(
-    work: Callable[[Any, Tell], None], jobs: Sequence[Any], workers: int, stop: Callable[[], bool]
-) -> Iterator[News]:
+    jobs: Sequence[Job], workers: int, stop: Callable[[], bool]
+) -> Iterator[tuple[int, Trial | None]]:
     """Runs each job in a process of its own.
 
     Args:
-      work: runs one job; a function of a module.
       jobs: what to run, in this order.
       workers: processes at a time; several share the CPU's cores out among themselves.
       stop: asked a few times a second whether to end early.
 
     Yields:
-      What the jobs have to tell.
+      The place of a job, and a trial of it that has ended; None at the job's end.
 
     Raises:
-      RuntimeError: a process failed.
+      UsageError: a process failed.
     """
     context = multiprocessing.get_context("spawn")
-    news = context.Queue()
     waiting = list(enumerate(jobs))
-    running: dict[int, tuple[Any, BaseProcess]] = {}
+    free = list(range(workers))
+    running: dict[connection.Connection, tuple[int, int, BaseProcess]] = {}
+    # On Python 3.11 its start would let Ctrl-C through below.
+    resource_tracker.ensure_running()
     try:
         while (waiting or running) and not stop():
-            for turn in range(workers):
-                if waiting and turn not in running:
-                    index, job = waiting.pop(0)
-                    arguments = (work, index, job, news, turn, workers)
-                    process = context.Process(target=_start, args=arguments, daemon=True)
-                    process.start()
-                    running[turn] = job, process
-            # A process ends after its last news have arrived.
-            ended = [turn for turn, (_, process) in running.items() if not process.is_alive()]
-            yield from _waiting(news)
-            for turn in ended:
-                job, process = running.pop(turn)
-                if process.exitcode:
-                    raise RuntimeError(
-                        f"{job} ended with status {process.exitcode}; what it printed stands above"
-                    )
+            while waiting and free:
+                index, turn = waiting[0][0], free[0]
+                news, end = context.Pipe(duplex=False)
+                arguments = (waiting.pop(0)[1], end, free.pop(0), workers)
+                process = context.Process(target=_start, args=arguments, daemon=True)
+                # Ctrl-C reaches the whole group, but never what starts while it is blocked; the
+                # first process ends the others.
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                process.start()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                end.close()
+                running[news] = index, turn, process
+            ready = connection.wait(list(running), timeout=0.2)
+            for news in [x for x in running if x in ready]:
+                index, turn, process = running[news]
+                try:
+                    yield index, news.recv()
+                except EOFError:
+                    del running[news]
+                    free.append(turn)
+                    process.join()
+                    if process.exitcode:
+                        raise UsageError(
+                            f"{jobs[index].title} ended with status {process.exitcode}; what it "
+                            "printed stands above"
+                        ) from None
+                    yield index, None
     finally:
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.terminate()
 
 
-def _waiting(news: Any) -> Iterator[News]:
-    timeout = 0.2
-    while True:
-        try:
-            yield news.get(timeout=timeout)
-        except queue.Empty:
-            return
-        timeout = 0.0
-
-
-def _start(
-    work: Callable[[Any, Tell], None], index: int, job: Any, news: Any, turn: int, workers: int
-) -> None:
-    # Ctrl-C reaches the whole group; the first process ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start(job: Job, news: connection.Connection, turn: int, workers: int) -> None:
     if workers > 1 and hasattr(os, "sched_setaffinity"):
         # Before JAX's first computation, at which it counts them.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[turn::workers] or cores)
-    parent = multiprocessing.parent_process()
+    known = {(trial.learning_rate, trial.seed): trial for trial in job.done}
 
-    def tell(share: float, trial: Any) -> None:
-        if parent and not parent.is_alive():
-            # It was killed, and nobody would write the trial down.
-            os._exit(1)
-        news.put(News(index, share, trial))
+    def remember(trials: Trials) -> Run:
+        def trial(learning_rate: float, seed: int) -> Trial:
+            key = (learning_rate, seed)
+            if key not in known:
+                known[key] = trials.run(*key)
+                try:
+                    news.send(known[key])
+                except OSError:
+                    # The first process was killed, and nobody would write the trial down.
+                    os._exit(1)
+            return known[key]
 
-    work(job, tell)
+        return trial
+
+    job.work(remember)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.sweep.families import FAMILIES
-from benchmarks.sweep.jobs import Tell
+from benchmarks.sweep.jobs import Remember
 from benchmarks.sweep.trial import Trial, Trials
 
-__all__ = ["SEEDS", "TRIALS", "Job", "best", "final_loss", "find", "rate_of", "work"]
+__all__ = ["SEEDS", "TRIALS", "Best", "best", "final_loss", "find", "rate_of", "work"]
 
 # Indices count factors of √2. The search first takes steps of a factor of 4.
 STRIDE = 4
@@ -19,42 +19,12 @@ SEEDS = 2
 TRIALS = 12
 
 
-class Job(NamedTuple):
-    """All trials of one optimizer on one size of a family.
-
-    Attributes:
-      family: a key of `FAMILIES`.
-      size: one of its sizes.
-      optimizer: a key of `CONTENDERS`.
-      length: how many times the steps.
-      done: the trials that an earlier sweep has.
-    """
-
-    family: str
-    size: int
-    optimizer: str
-    length: float
-    done: Sequence[Trial] = ()
-
-    def __str__(self) -> str:
-        """What errors and the progress bar say."""
-        return f"{self.optimizer} on {self.family} {self.size}"
-
-
-def work(job: Job, tell: Tell) -> None:
-    """Runs what is missing of a job."""
-    member = FAMILIES[job.family].member(job.size, job.length)
-    trials = Trials(member.task, job.optimizer, member.steps, member.batch_size)
-    done = {(trial.learning_rate, trial.seed): trial for trial in job.done}
-
-    def loss(index: int, seed: int) -> float:
-        key = (rate_of(index), seed)
-        if key not in done:
-            done[key] = trials.run(*key, lambda share: tell(share, None))
-            tell(0.0, done[key])
-        return final_loss(done[key])
-
-    find(loss, round(2 * math.log2(CONTENDERS[job.optimizer].rate)))
+def work(family: str, size: int, optimizer: str, length: float, remember: Remember) -> None:
+    """Runs all trials of one optimizer on one size of a family, `length` times the steps."""
+    member = FAMILIES[family].member(size, length)
+    trial = remember(Trials(member.task, optimizer, member.steps, member.batch_size))
+    start = round(2 * math.log2(CONTENDERS[optimizer].rate))
+    find(lambda index, seed: final_loss(trial(rate_of(index), seed)), start)
 
 
 def find(loss: Callable[[int, int], float], start: int) -> int:
@@ -103,15 +73,19 @@ def final_loss(trial: Trial) -> float:
     return math.inf if trial.diverged or last is None else last
 
 
-def best(trials: Sequence[Trial]) -> tuple[float, float, float] | None:
-    """The best learning rate of those tried with every seed.
+class Best(NamedTuple):
+    """A learning rate, the mean of its losses over the seeds, and their range."""
+
+    learning_rate: float
+    loss: float
+    range: float
+
+
+def best(trials: Sequence[Trial]) -> Best | None:
+    """The best learning rate of those tried with every seed, none of which diverged; of one size.
 
     Args:
       trials: of one optimizer and size.
-
-    Returns:
-      The rate, the mean of its losses over the seeds, and their range; None if there is none with
-      which no seed diverged.
     """
     losses: dict[float, dict[int, float]] = {}
     for trial in trials:
@@ -124,4 +98,4 @@ def best(trials: Sequence[Trial]) -> tuple[float, float, float] | None:
     if not whole:
         return None
     rate = min(whole, key=lambda rate: sum(whole[rate]))
-    return rate, sum(whole[rate]) / SEEDS, max(whole[rate]) - min(whole[rate])
+    return Best(rate, sum(whole[rate]) / SEEDS, max(whole[rate]) - min(whole[rate]))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,17 +64,8 @@ class Trials:
         self._batch_size = batch_size
         self._step = functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))(self._take)
 
-    def run(self, learning_rate: float, seed: int, progress: Callable[[float], Any]) -> Trial:
-        """Trains from the start.
-
-        Args:
-          learning_rate: the schedule's peak.
-          seed: of weights and batches.
-          progress: called with the share that was done since the last call.
-
-        Returns:
-          The trial; one whose loss is no number ends there.
-        """
+    def run(self, learning_rate: float, seed: int) -> Trial:
+        """Trains from the start; a trial whose loss is no number ends there."""
         task = self._task
         graph, params, others = nnx.split(model := task.model(seed), nnx.Param, ...)
         transformation = self._transformation(learning_rate, model)
@@ -100,8 +90,6 @@ class Trials:
             if not math.isfinite(losses[-1]):
                 break
             curve.append(task.evaluate(nnx.merge(graph, params, others), "validation"))
-            progress(1 / len(ends))
-        progress(1 - len(curve) / len(ends))
         whole = len(curve) == len(ends)
         model = nnx.merge(graph, params, others)
         return Trial(

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 import math
-import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import machine, optimizers
+from benchmarks.arguments import UsageError
 from benchmarks.runs import Entry, Log
 from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
@@ -50,9 +52,9 @@ def train(
     config: Config,
     task: Task,
     log: Log,
-    checkpoints: pathlib.Path,
     every: int,
     layout: Layout,
+    say: Callable[[str], Any],
 ) -> Iterator[tuple[int, float]]:
     """Trains from the last checkpoint, or from the start, and yields `(step, loss)` after each.
 
@@ -66,10 +68,10 @@ def train(
       config: the run.
       task: its task.
       log: receives the run, every step, the task's evaluations, the result on all splits, and a
-        sample; a picture of it lies beside the log.
-      checkpoints: the folder of this run's checkpoints, made where missing.
+        sample; a picture of it, and the checkpoints, lie beside the log.
       every: steps between checkpoints; the last step is always kept.
       layout: on which devices; a run may go on with another.
+      say: prints a line.
 
     Returns:
       An iterator that trains as it is advanced; closing it early is safe.
@@ -85,11 +87,11 @@ def train(
     parts = range(1, task.evaluations + 1)
     evaluate_at = {max(1, config.steps * i // task.evaluations) for i in parts}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            target = ocp.args.StandardRestore(nnx.to_pure_dict(state))
-            nnx.replace_by_pure_dict(state, manager.restore(done, args=target))
+    folder = (log.path.parent / "checkpoints" / config.optimizer).absolute()
+    # Without its handler, Orbax would guess from the folder, which may be damaged.
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
+        done = _restore(manager, state, say)
         log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
         if not log.of("run", config.optimizer):
             log.append(**describe(config, layout))
@@ -108,9 +110,43 @@ def train(
                 log.append(kind="evaluation", **entry, value=_number(value))
             # After the log, so that a checkpoint is never ahead of it.
             if step % every == 0 or step == config.steps:
-                manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+                _save(manager, step, state)
             yield step, float(loss)
         _conclude(config, task, log, layout.collect(nnx.merge(graph, state)[0]))
+
+
+def _restore(manager: ocp.CheckpointManager, state: Any, say: Callable[[str], Any]) -> int:
+    """Takes the last checkpoint that can be read; its step, 0 where there is none."""
+    target = ocp.args.StandardRestore(nnx.to_pure_dict(state))
+    damaged: dict[int, str] = {}
+    # What is wrong is said below, in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for step in sorted(manager.all_steps(), reverse=True):
+        # Orbax and the libraries below it raise what they like.
+        try:
+            restored = manager.restore(step, args=target)
+        except Exception as error:
+            damaged[step] = " ".join(str(error).split())[:200]
+            continue
+        nnx.replace_by_pure_dict(state, dict(restored))
+        for other in damaged:
+            say(f"Checkpoint {manager.directory / str(other)} is damaged: going on from {step}.")
+            # Only now: an older one can be read, so the reason lies in this one.
+            manager.delete(other)
+        return step
+    if damaged:
+        raise UsageError(
+            f"argument --resume: cannot read any checkpoint in {manager.directory}: "
+            f"{next(iter(damaged.values()))}; delete that folder to start anew"
+        )
+    return 0
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+    # Orbax tells of a full disk in hundreds of lines.
+    if shutil.disk_usage(manager.directory).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+        raise OSError(f"no space left for checkpoint {step} in {manager.directory}")
+    manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
 
 
 def _conclude(config: Config, task: Task, log: Log, model: nnx.Module) -> None:

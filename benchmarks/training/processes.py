@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import re
 import signal
 import sys
@@ -18,14 +19,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.arguments import Parser, mesh_sizes, whole_number
-from benchmarks.training import crash
+from benchmarks.arguments import UsageError, count, mesh_sizes
 from benchmarks.training.sharding import AXES, make_mesh
 
-__all__ = ["add_arguments", "check_arguments", "is_first", "joined", "stopped"]
+__all__ = [
+    "ADVICE",
+    "add_arguments",
+    "check_arguments",
+    "check_same",
+    "is_first",
+    "joined",
+    "stopped",
+]
 
 # A process that is silent for so long counts as dead, and takes the others along.
 HEARTBEAT_SECONDS = 30
+ADVICE = "Start all of them again with --resume to go on from the last checkpoint."
 _notified = threading.Event()
 
 
@@ -47,79 +56,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder that they share",
     )
     parser.add_argument(
-        "--processes",
-        type=whole_number(1),
-        metavar="N",
-        help="how many processes meet at --coordinator",
+        "--processes", type=count(), metavar="N", help="how many processes meet at --coordinator"
     )
     parser.add_argument(
         "--process-id",
-        type=whole_number(0),
+        type=count(0),
         metavar="K",
         help="which of them this is, from 0 to N-1; 0 writes the metrics and the figures",
     )
 
 
-def check_arguments(parser: Parser, options: argparse.Namespace, batch_size: int) -> None:
-    """Answers options that do not fit together, before anything is started."""
-    where, count, index = options.coordinator, options.processes, options.process_id
+def check_arguments(options: argparse.Namespace, batch_size: int) -> None:
+    """Raises a UsageError for options that do not fit together, before anything is started."""
+    where, number, index = options.coordinator, options.processes, options.process_id
     if where is None:
-        for name, value in (("--processes", count), ("--process-id", index)):
+        for name, value in (("--processes", number), ("--process-id", index)):
             if value is not None:
-                parser.error(f"argument {name}: needs --coordinator")
+                raise UsageError(f"argument {name}: needs --coordinator")
     elif options.out is None:
-        parser.error("argument --coordinator: needs --out, a folder that all processes share")
+        raise UsageError("argument --coordinator: needs --out, a folder that all processes share")
     elif where != "auto":
         if not re.fullmatch(r".+:\d{1,5}", where):
-            parser.error(f"argument --coordinator: expected HOST:PORT or auto, got {where!r}")
-        if count is None or index is None:
-            parser.error("argument --coordinator: needs --processes and --process-id, or auto")
-    if count is not None and index is not None and index >= count:
-        parser.error(f"argument --process-id: expected 0 to {count - 1}, got {index}")
+            raise UsageError(f"argument --coordinator: expected HOST:PORT or auto, got {where!r}")
+        if number is None or index is None:
+            raise UsageError("argument --coordinator: needs --processes and --process-id, or auto")
+    if number is not None and index is not None and index >= number:
+        raise UsageError(f"argument --process-id: expected 0 to {number - 1}, got {index}")
     if options.mesh is not None:
         devices = math.prod(options.mesh.values())
-        _check_batch(parser, devices, batch_size)
-        if devices % (count or 1):
-            parser.error(
-                f"argument --mesh: {devices} devices cannot be shared out evenly among {count} "
+        _check_batch(devices, batch_size)
+        if devices % (number or 1):
+            raise UsageError(
+                f"argument --mesh: {devices} devices cannot be shared out evenly among {number} "
                 "processes"
             )
 
 
 @contextlib.contextmanager
-def joined(
-    parser: Parser, options: argparse.Namespace, batch_size: int, same: Any
-) -> Iterator[Mesh | None]:
+def joined(options: argparse.Namespace, batch_size: int) -> Iterator[Mesh | None]:
     """Meets the other processes, where the options say so, and ends with one line if that fails.
 
-    What JAX and its libraries then print goes to a file in the folder of the run.
+    Where another process dies, JAX notices first, says so, and aborts; or an operation fails here.
 
     Args:
-      parser: answers wrong options.
       options: of the command.
       batch_size: examples in a batch.
-      same: what must be equal on all processes, with a `repr` that tells.
 
     Yields:
       The mesh of all their devices, None where one device is enough.
     """
     if options.coordinator is None:
-        yield None if options.mesh is None else _make_mesh(parser, options, batch_size)
+        yield None if options.mesh is None else _make_mesh(options, batch_size)
         return
-    log = crash.divert_libraries(options.out)
-    advice = f"See {log}; start all of them again with --resume to go on from the last checkpoint."
-    crash.catch_abort(f"{parser.prog}: JAX ended this process, for another one died. {advice}\n")
-    silent = f"{parser.prog}: this process was killed, or JAX ended it, for another one died."
-    with crash.watched(f"{silent} {advice}\n"):
-        try:
-            _connect(parser, options)
-            mesh = _make_mesh(parser, options, batch_size)
-            _check_same(mesh, zlib.crc32(repr(same).encode()))
-            yield mesh
-        except Exception as error:
-            traceback.print_exc(file=sys.__stderr__)
-            reason = " ".join(str(error).split())[:200]
-            crash.end(f"{parser.prog}: this process cannot go on: {reason}. {advice}\n")
+    try:
+        _connect(options)
+        yield _make_mesh(options, batch_size)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, UsageError):
+            reason = f"another process died, or this one cannot go on: {reason}. {ADVICE}"
+            if not isinstance(error, jax.errors.JaxRuntimeError):
+                traceback.print_exc()
+        # A progress bar may stand on the last line.
+        print(f"\npython -m benchmarks train: {reason}", file=sys.stderr, flush=True)
+        # JAX's own end would wait for the others.
+        os._exit(2 if isinstance(error, UsageError) else 1)
 
 
 def is_first() -> bool:
@@ -143,7 +144,7 @@ def stopped(stop: threading.Event, moment: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(moment)
 
 
-def _connect(parser: Parser, options: argparse.Namespace) -> None:
+def _connect(options: argparse.Namespace) -> None:
     automatic = options.coordinator == "auto"
     # The other processes may be minutes away, and JAX waits where Python sees no signals.
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -155,12 +156,12 @@ def _connect(parser: Parser, options: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError as error:
-        parser.error(f"argument --coordinator: {options.coordinator}: {error}")
+        raise UsageError(f"argument --coordinator: {options.coordinator}: {error}") from error
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
-def _make_mesh(parser: Parser, options: argparse.Namespace, batch_size: int) -> Mesh:
+def _make_mesh(options: argparse.Namespace, batch_size: int) -> Mesh:
     sizes = options.mesh
     if sizes is not None and (options.coordinator != "auto" or options.processes):
         # Accelerators are as many as there are; refused where JAX has started already.
@@ -168,15 +169,18 @@ def _make_mesh(parser: Parser, options: argparse.Namespace, batch_size: int) -> 
             devices = math.prod(sizes.values()) // (options.processes or 1)
             jax.config.update("jax_num_cpu_devices", devices)
     sizes = sizes or {"data": jax.device_count()}
-    _check_batch(parser, math.prod(sizes.values()), batch_size)
+    _check_batch(math.prod(sizes.values()), batch_size)
     try:
         return make_mesh(sizes)
     except ValueError as error:
-        parser.error(f"argument --mesh: {error}")
+        raise UsageError(f"argument --mesh: {error}") from error
 
 
-def _check_same(mesh: Mesh, digest: int) -> None:
-    """Raises unless the digest is equal on all processes."""
+def check_same(mesh: Mesh | None, same: Any) -> None:
+    """Raises a UsageError unless `same`, by its `repr`, is equal on all processes."""
+    if mesh is None:
+        return
+    digest = zlib.crc32(repr(same).encode())
     digests = jax.make_array_from_callback(
         (mesh.size,), NamedSharding(mesh, P(AXES)), lambda _: np.array([digest], np.uint32)
     )
@@ -184,12 +188,12 @@ def _check_same(mesh: Mesh, digest: int) -> None:
     extremes = jax.jit(lambda x: (x.min(), x.max()), out_shardings=NamedSharding(mesh, P()))
     least, most = map(int, extremes(digests))
     if least != most:
-        raise ValueError("the processes have different options, or see different files in --out")
+        raise UsageError("the processes have different options, or see different files in --out")
 
 
-def _check_batch(parser: Parser, devices: int, batch_size: int) -> None:
+def _check_batch(devices: int, batch_size: int) -> None:
     if batch_size % devices:
-        parser.error(
+        raise UsageError(
             f"argument --batch-size: {batch_size} cannot be shared out evenly among {devices} "
             "devices"
         )
