@@ -274,7 +274,7 @@ ORTHOGONAL = (
     "unit_muon_keep_norm",
 )
 # Those that `train` shows where nobody asks for others.
-SHOWN: tuple[str, ...] = ("sgd", "clip", "adamw", "unit_scale")
+SHOWN: tuple[str, ...] = ("adamw", "muon", "unit_scale", "unit_muon")
 
 
 def make(

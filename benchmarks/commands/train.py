@@ -179,3 +179,5 @@ def _show(console: Console, log: Log, names: list[str], task: Task, out: pathlib
     drawn = [path.name for name in started if (path := out / f"sample_{name}.png").exists()]
     for name in ("losses.png", "gradient_norms.png", *drawn, "metrics.jsonl"):
         console.print(f"wrote {out / name}", soft_wrap=True)
+    if said := report.verdict(log, started, task):
+        console.print(said, soft_wrap=True)

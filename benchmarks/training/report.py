@@ -24,7 +24,7 @@ from benchmarks.runs import Log
 from benchmarks.tasks import Task
 from optax_unitscale import norm_ratios, plot_norms
 
-__all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table"]
+__all__ = ["plot_gradient_norms", "plot_losses", "progress", "samples", "table", "verdict"]
 
 
 class _LossColumn(ProgressColumn):
@@ -90,6 +90,19 @@ def samples(log: Log, names: list[str]) -> list[Panel]:
     """What each model made of the same unseen inputs."""
     texts = [(name, entry["text"]) for name in names for entry in log.of("sample", name)]
     return [Panel(Text(text), title=name, title_align="left") for name, text in texts]
+
+
+def verdict(log: Log, names: list[str], task: Task) -> str:
+    """Who came first on the test split, by how much, in words; "" before there are two results."""
+    tests = {name: _float(e["test"]) for name in names for e in log.of("result", name)}
+    tests = {name: value for name, value in tests.items() if math.isfinite(value)}
+    if len(tests) < 2:
+        return ""
+    first, second, *_ = sorted(tests, key=tests.__getitem__, reverse=task.higher_is_better)
+    return (
+        f"{first} came first on the test split: {tests[first]:.3g} against {tests[second]:.3g} of "
+        f"{second}, the next ({task.metric})."
+    )
 
 
 def plot_losses(log: Log, names: list[str], task: Task, path: pathlib.Path) -> None:
