@@ -16,8 +16,20 @@ import tomllib
 import zipfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-# All but the one of plot.py, which needs the extra `plot`.
-DOCTESTS = ["history", "observe", "shape", "transform"]
+# All but those of plot.py and table.py, which need the extra `plot`.
+DOCTESTS = [
+    "clip",
+    "groups",
+    "history",
+    "layers",
+    "observe",
+    "optimizers",
+    "orthogonal",
+    "parameters",
+    "ratios",
+    "shape",
+    "transform",
+]
 TIMED = """
 import time, jax, optax
 start = time.perf_counter()

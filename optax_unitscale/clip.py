@@ -1,4 +1,4 @@
-"""`clip_norm`: the Optax transformation that shortens what is too long, and leaves the rest."""
+"""`clip_norm`: the Optax transformation that scales down groups whose norm exceeds a limit."""
 
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ def clip_norm(
 
     :math:`u = x \min(1, m / \|x\|), \qquad 0 \mapsto 0`
 
-    with :math:`m` = `max_norm`. ``clip_norm(1.0, scope="global")`` is `optax.clip_by_global_norm`
-    at any magnitude.
+    with :math:`m` = `max_norm`. ``clip_norm(1.0, scope="global")`` does what
+    ``optax.clip_by_global_norm(1.0)`` does, without overflow or underflow.
 
     Args:
       max_norm: scalar in [0, ∞), in the units of the norm; may be traced. A schedule goes through
@@ -45,9 +45,9 @@ def clip_norm(
       NameError, TypeError, ValueError: as `unit_scale`.
 
     Numerics:
-      A group within the limit stays as it is, bit for bit. Any other is multiplied in float32 (or
-      float64, where a leaf of the group has it) and rounded once. The norm is exact as in
-      `unit_scale`, also where squares overflow or vanish. A group with NaN or an infinity becomes
+      A group within the limit stays as it is, bit for bit. Any other is computed in float32 (or
+      float64, where a leaf of the group has it) and rounded once to its dtype. The norm is exact as
+      in `unit_scale`, also where squares overflow or vanish. A group with NaN or an infinity becomes
       NaN throughout.
 
     Examples:
@@ -84,7 +84,7 @@ def _within(
     is_within = value <= jnp.asarray(limit).astype(value.dtype) * root * root
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(value), jnp.nan, value)
-    # Leaves within the limit are over 1, so that what is not used has finite derivatives.
+    # Leaves within the limit are divided by 1: what is not used needs finite derivatives.
     one = jnp.ones_like(root)
     by = Norm(jnp.where(is_within, one, value), jnp.where(is_within, one, root))
     clipped = []

@@ -77,7 +77,7 @@ def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> 
 def check_scalar(caller: str, argument: str, value: Any) -> jax.typing.ArrayLike:
     """A scalar argument in [0, ∞): a float, or an array of JAX's as it is."""
     if isinstance(value, int) and not isinstance(value, bool):
-        # NumPy would hold a large one as an object. None beyond float64 is in range.
+        # NumPy would hold a large one as an object. An int beyond float64 is out of range.
         value = float(value) if value.bit_length() < 1024 else np.inf
     dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
@@ -88,7 +88,7 @@ def check_scalar(caller: str, argument: str, value: Any) -> jax.typing.ArrayLike
     if isinstance(value, Tracer):
         return value
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    # As float64, for the least and the largest may be beyond a narrower dtype.
+    # In float64: a narrower dtype may not hold the bounds.
     if not 0 <= np.asarray(value, np.float64) <= largest:
         raise ValueError(f"{caller}: {argument} is {value}, expected 0 to {largest:.2g}.")
     return value if isinstance(value, jax.Array) else float(np.asarray(value))
@@ -116,7 +116,7 @@ def _map(
     norm: str,
     groups: tuple[Group, ...],
 ) -> list[Any]:
-    # Compiled into the caller; groups that are alike are traced once.
+    # Part of the caller's program; groups that are alike are traced once.
     rule = jax.jit(rule, static_argnums=(2, 3))
     mapped = list(leaves)
     for group in groups:
@@ -245,7 +245,7 @@ def _is_axes(value: Any) -> bool:
 
 
 def _check_scope(caller: str, scope: Any) -> None:
-    """One value for a whole tree may come from a wrapper that called the user's function itself."""
+    """Refuses one value for a whole tree: most likely a wrapper called the user's function."""
     if not isinstance(scope, str) or scope not in SCOPES:
         raise ValueError(
             f"{caller}: scope is {scope!r}, expected {', '.join(map(repr, SCOPES))}, a pytree of "

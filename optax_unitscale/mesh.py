@@ -33,9 +33,10 @@ def partitions(caller: str, path: Path, x: jax.Array) -> tuple[Any, ...]:
 
 
 def without_reduced(x: jax.Array) -> jax.Array:
-    """The same leaf, of a type that JAX lets meet any other on its mesh.
+    """The same leaf, of a type that can be combined with any other on its mesh.
 
-    A type with `reduced` axes says something of the derivative only, and meets no type without.
+    `reduced` axes concern the derivative only, and a leaf that has them cannot be combined with one
+    that has none.
     """
     spec = _spec(x)
     if spec is None or not spec.reduced:

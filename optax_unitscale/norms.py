@@ -1,12 +1,13 @@
-"""The norm that some leaves share, and the division by it, exact over the whole range of a dtype.
+"""The norm that some leaves share, and the division by it, accurate over the range of a dtype.
 
-A float32 sum of squares holds norms from about 2**-51 to 2**60. Outside that range the sum is taken
-of the elements times a power of two. There are three ways to the same number:
+A float32 sum of n squares holds norms from about sqrt(n) * 2**-51 to 2**60. Outside that range the
+sum is taken of the elements times a power of two. There are three ways to the same number:
 
-- On GPU and TPU, one pass takes the sum at three scales (Blue 1978): the pass waits for memory.
+- On GPU and TPU, one pass takes the sum at three scales (Blue 1978), which is free: it waits for
+  memory.
 - On CPU, one pass takes the plain sum, and a second pass runs only if the first left the range.
-- float64 holds every square of a narrower dtype. Small leaves on CPU take this way, where it is
-  faster than a branch, and so do sums down the columns of a leaf on GPU.
+- float64 holds every square of a narrower dtype. It is used on CPU for groups of small leaves, where
+  it beats a branch, and on GPU for groups with a leaf that keeps its last axis.
 """
 
 import functools
@@ -32,14 +33,20 @@ class Reduction(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The norm `value / root**2`: `root` is a power of two, and 1 unless the norm is extreme."""
+    """The norm `value / root**2`. `root**2` is the scale that elements were multiplied by.
+
+    It is a power of two, and 1 unless the norm is tiny or huge.
+    """
 
     value: jax.Array
     root: jax.Array
 
 
 class _Range(NamedTuple):
-    """Norms of n elements from sqrt(n) * low to high need no scale; root `up` or `down` else."""
+    """Norms of n elements from sqrt(n) * low to high need no scale.
+
+    Below, the root of the scale is `up`; above, `down`.
+    """
 
     low: float
     high: float
@@ -51,7 +58,7 @@ _RANGES = {
     np.dtype(np.float32): _Range(2.0**-51, 2.0**60, 2.0**40, 2.0**-50),
     np.dtype(np.float64): _Range(2.0**-484, 2.0**508, 2.0**300, 2.0**-300),
 }
-# Leaves with fewer elements are summed in float64 on CPU.
+# Groups whose leaves all have fewer elements are summed in float64 on CPU.
 SMALL = 4096
 
 
@@ -70,28 +77,28 @@ def norm_of(kind: str, over: tuple[Reduction, ...], leaves: Sequence[jax.Array])
 def divide(
     x: jax.Array, norm: Norm, axes: tuple[int, ...], times: jax.typing.ArrayLike = 1.0
 ) -> jax.Array:
-    """A leaf over its norm and `times` a scalar, rounded once to the leaf's dtype; 0 / 0 is 0."""
+    """A leaf over its norm, times a factor, rounded once to the leaf's dtype; 0 / 0 is 0."""
     value, root = (lax.expand_dims(y, axes) for y in norm)
     factor = jnp.asarray(times).astype(value.dtype)
-    parts = [_over(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
+    parts = [_quotient(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
     return _complex_of([part * factor for part in parts]).astype(x.dtype)
 
 
 @jax.custom_jvp
-def _over(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
+def _quotient(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
     is_zero = value == 0
-    safe = jnp.where(is_zero, jnp.ones_like(value), value)
-    if x.size == value.size:  # Each number is over its own magnitude, which is to give 1 exactly.
-        return jnp.where(is_zero, 0 * x, x * root / _opaque(safe / root))
-    return x * root * jnp.where(is_zero, 0 * safe, root / safe)
+    divisor = jnp.where(is_zero, jnp.ones_like(value), value)
+    if x.size == value.size:  # As many norms as numbers: x * (1 / |x|) need not be 1 exactly.
+        return jnp.where(is_zero, 0 * x, x * root / _opaque(divisor / root))
+    return x * root * jnp.where(is_zero, 0 * divisor, root / divisor)
 
 
-@_over.defjvp
+@_quotient.defjvp
 def _(primals, tangents):
     (x, value, root), (dx, dvalue, _) = primals, tangents
     # d(x/v) = dx/v - x/v * dv/v. In this order nothing overflows if the result does not.
-    quotient, ratio = _over(x, value, root), _over(dvalue, value, jnp.ones_like(root))
-    return quotient, _over(dx, value, root) - quotient * ratio
+    quotient, ratio = _quotient(x, value, root), _quotient(dvalue, value, jnp.ones_like(root))
+    return quotient, _quotient(dx, value, root) - quotient * ratio
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -101,7 +108,7 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
         if all(isinstance(x.size, int) and x.size < SMALL for x in leaves):
             ways["cpu"] = _in_float64
         if any(x.ndim and x.ndim - 1 not in r.axes for x, r in zip(leaves, over, strict=True)):
-            # XLA:GPU adds up columns once in a pass, not three times.
+            # XLA:GPU cannot fuse three column sums into one pass.
             ways["cuda"] = ways["rocm"] = _in_float64
     return lax.platform_dependent(
         leaves, **{name: functools.partial(way, kind, over) for name, way in ways.items()}
@@ -109,9 +116,9 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
 
 
 def _at_three_scales(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
-    safe = _RANGES[_accumulator(leaves)]
-    plain, up, down = (_scaled_norm(kind, over, leaves, r) for r in (1.0, safe.up, safe.down))
-    root = _root(plain, _count(over, leaves), safe)
+    limits = _RANGES[_accumulator(leaves)]
+    plain, up, down = (_scaled_norm(kind, over, leaves, r) for r in (1.0, limits.up, limits.down))
+    root = _root(plain, _count(over, leaves), limits)
     return Norm(jnp.where(root > 1, up, jnp.where(root < 1, down, plain)), root)
 
 
@@ -129,12 +136,12 @@ def _in_float64(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array])
         return Norm((norm * root * root).astype(np.float32), root.astype(np.float32))
 
 
-def _root(plain: jax.Array, count: Any, safe: _Range) -> jax.Array:
-    """The root of the scale that a norm needs, from the plain norm, in or out of range."""
-    low = jnp.sqrt(jnp.asarray(count * safe.low**2, plain.dtype))
+def _root(plain: jax.Array, count: Any, limits: _Range) -> jax.Array:
+    """The root of the scale that a norm needs, from the plain norm, which may be 0 or infinite."""
+    low = jnp.sqrt(jnp.asarray(count * limits.low**2, plain.dtype))
     # NaN is not within the range either, and stays NaN at any scale.
-    root = jnp.where(plain <= safe.high, 1.0, safe.down)
-    return jnp.where(plain < low, safe.up, root).astype(plain.dtype)
+    root = jnp.where(plain <= limits.high, 1.0, limits.down)
+    return jnp.where(plain < low, limits.up, root).astype(plain.dtype)
 
 
 def _scaled_norm(
@@ -144,17 +151,17 @@ def _scaled_norm(
     root: jax.Array | float | None,
     dtype: np.dtype | None = None,
 ) -> jax.Array:
-    """The norm times root**2, by plain sums: where these overflow or vanish, so does it."""
+    """The norm times root**2, by plain sums: it overflows or vanishes where they do."""
     dtype = dtype or _accumulator(leaves)
-    across, within = (lax.pmax, jnp.max) if kind == "linf" else (lax.psum, jnp.sum)
+    over_devices, over_leaves = (lax.pmax, jnp.max) if kind == "linf" else (lax.psum, jnp.sum)
     sums = []
     for x, r in zip(leaves, over, strict=True):
         at = _at_constant if isinstance(root, float) else _at_array
         total = at(kind, x, r.axes, dtype, root)
         names = mesh_axes(x, r)
-        sums.append(across(total, names) if names else total)
+        sums.append(over_devices(total, names) if names else total)
     # Without the barrier thousands of leaves are slow to compile.
-    total = within(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
+    total = over_leaves(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
     if kind == "linf":
         return lax.bitcast_convert_type(total, dtype)
     return jnp.sqrt(total) if kind == "l2" else total
@@ -175,7 +182,7 @@ def _at_array(
     kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: jax.Array | None
 ) -> jax.Array:
     """The sum over one leaf as it is, or times an array of powers of two."""
-    # The barrier does what `_opaque` does. XLA:CPU's fast sums take no operand of the latter.
+    # A barrier in place of `_opaque`, which keeps XLA:CPU off its fast sums.
     x, root = lax.optimization_barrier((x, root))
     parts = _real_parts(x, dtype)
     if root is not None:
@@ -237,7 +244,7 @@ def _times(x: jax.Array, root: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _opaque(x: jax.Array) -> jax.Array:
-    """Rounds to more bits than there are, through which XLA does not look.
+    """Rounds to more bits than the dtype has, which changes nothing and which XLA keeps.
 
     XLA may rewrite products of constants: (c * y)**2 becomes c**2 * y**2, and c**2 can overflow
     where c * y does not.
@@ -250,12 +257,13 @@ def _opaque(x: jax.Array) -> jax.Array:
 
 def _sign(x: jax.Array) -> jax.Array:
     """Each element over its magnitude."""
-    x = x * np.asarray(0.25, x.dtype)  # The magnitude of a complex number can overflow.
+    if jnp.iscomplexobj(x):  # Its magnitude can overflow.
+        x = x * np.asarray(0.25, x.dtype)
     return divide(x, Norm(jnp.abs(x), jnp.ones_like(jnp.abs(x))), ())
 
 
 def mesh_axes(x: jax.Array, over: Reduction) -> tuple[Hashable, ...]:
-    """The mesh axes that a leaf is split over."""
+    """The mesh axes that a leaf's norm runs over."""
     return varying_axes(x) if over.mesh_axes is None else over.mesh_axes
 
 

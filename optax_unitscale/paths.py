@@ -66,16 +66,16 @@ class Prefix:
 
     def find(self, names: tuple[str, ...]) -> tuple[bool, Any]:
         """The value that stands at a leaf or above it, and whether there is one."""
-        for end in range(len(names), -1, -1):
-            if names[:end] in self._exact:
-                return True, self._exact[names[:end]]
+        exact = {join(names[:end]): names[:end] for end in range(1, len(names) + 1)}
         for above in _ancestors(join(names)):
+            if exact.get(above) in self._exact:
+                return True, self._exact[exact[above]]
             if above in self._joined:
                 return True, self._joined[above]
-        return False, None
+        return () in self._exact, self._exact.get(())
 
     def check_fit(self, caller: str, argument: str, updates: Any) -> None:
-        """An entry that stands for nothing in the updates is most likely misspelt."""
+        """Raises for an entry that matches nothing in the updates, which is most likely misspelt."""
         found = places(updates)
         ends, inner = set(found), {above for place in found for above in _ancestors(place)}
         for names, _ in self.entries:
@@ -90,7 +90,7 @@ class Prefix:
 
 
 def _ancestors(name: str) -> list[str]:
-    """The name itself and those of the subtrees that it is in."""
+    """The name and those of the subtrees that it is in, nearest first."""
     ends = [match.start() for match in re.finditer("/", name)]
     return [name, *(name[:end] for end in reversed(ends))]
 
@@ -127,7 +127,7 @@ def _boxes(tree: Any, is_leaf: Callable[[Any], bool] | None) -> set[KeyPath]:
 
 
 def places(updates: Any) -> list[str]:
-    """The names of leaves, and of subtrees without any: optax.masked hides leaves in such."""
+    """The names of leaves, and of the empty subtrees that optax.masked puts in their place."""
     return [join(path.names) for path, _ in flatten(updates, lambda x: not jax.tree.leaves(x))]
 
 
@@ -141,8 +141,10 @@ def gradients(updates: Any) -> list[tuple[Path, Any]]:
 
 def is_tree(value: Any) -> bool:
     """Whether a value is to be read as a tree: Equinox's models are trees that can be called."""
-    if not callable(value) or isinstance(value, functools.partial):
-        return not callable(value)
+    if not callable(value):
+        return True
+    if isinstance(value, functools.partial):  # jax.tree_util.Partial is a tree too.
+        return False
     return bool(jax.tree.leaves(value)) and not is_one_leaf(value)
 
 
@@ -153,8 +155,8 @@ def is_one_leaf(value: Any) -> bool:
 
 @functools.cache
 def _pattern(glob: str) -> re.Pattern[str]:
-    marks = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?)", glob)
+    marks = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*"}
+    parts = re.split(r"((?:^|(?<=/))\*\*/|/\*\*$|\*\*|\*)", glob)
     return re.compile("".join(marks.get(part, re.escape(part)) for part in parts))
 
 

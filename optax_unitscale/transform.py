@@ -28,8 +28,8 @@ def unit_scale(
     :math:`u = x / \max(\|x\|, m), \qquad 0 \mapsto 0`
 
     with :math:`m` = `min_norm`. Put it first in an `optax.chain`; the learning rate is then the
-    length of a step. Compiled: an eager call is one jitted computation, shared by all
-    transformations made with equal arguments, and a new `min_norm` compiles nothing.
+    length of a step. An eager call runs one jitted computation, which all
+    transformations with equal arguments share, and a new `min_norm` compiles nothing.
 
     Args:
       norm: what is 1 afterwards, over the n elements of a group: "l2", the Euclidean norm; "rms",
@@ -43,10 +43,11 @@ def unit_scale(
         own. None (all axes), an int, a tuple of ints, a pytree prefix or dict of these as for
         `scope`, or a callable `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For
         layers stacked by a scan there is `stacked("blocks/**")`. Leaves that share a norm must
-        keep axes of one shape, split alike where mesh axes are explicit.
+        agree in the shape of the axes they keep and, on explicit meshes, in how these are split.
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
-        constant learning rate can converge. Beyond 1e36/√n in float32 the update may be 0.
+        constant learning rate can converge. In float32 the update may be 0 where it would be below
+        1.2e-38, or `min_norm` is above 8e37.
       axis_name: mesh axes that a norm runs over inside `jax.shard_map` or `jax.pmap`, that is,
         those that split an axis which `axis` reduces: a name, a tuple of names, () for none, or a
         callable `(path, leaf) -> names`. Under `jax.jit` alone nothing is needed. See Notes.
@@ -64,13 +65,14 @@ def unit_scale(
 
     Numerics:
       The norm of the result is 1 within a few units of the leaf's precision for every element in
-      the dtype's normal range. There is no epsilon. Sums are accumulated in float32, or in float64
+      the dtype's normal range, but for the long plain sums below. There is no epsilon. Sums are accumulated in float32, or in float64
       where the group holds float64 or complex128, at a power-of-two scale where squares would
-      overflow or vanish; on CPU, leaves with less than 4096 elements are summed in float64.
+      overflow or vanish. Groups whose leaves all have fewer than 4096 elements on CPU, and groups
+      with a leaf that keeps its last axis on GPU, are summed in float64.
 
-      A plain sum of n equal elements can be off by up to n units where XLA adds one after the
-      other, as on CPU it does where kept axes lie between the summed ones, where a leaf has nine
-      axes or more, and before JAX 0.10.2 in three axes or more. Seen: 81 units for equal elements
+      Where XLA adds one element after the other, the sum of n equal ones can be off by up to n
+      units. On CPU it does so when a kept axis lies between summed ones, when a leaf has nine axes
+      or more, and before JAX 0.10.2 in three axes or more. Seen: 81 units for equal elements
       of (8192, 2, 16) over the outer axes, 3 for normal samples; where XLA adds in a tree, 1.
 
       Subnormal elements are zero where the platform flushes them, as XLA does on CPU; elsewhere a
@@ -78,8 +80,8 @@ def unit_scale(
       the same update to within 3 units. A group of zeros stays zero. A group with NaN or an
       infinity becomes NaN throughout, so that `optax.apply_if_finite` sees it. The derivative is
       :math:`(I - u u^\top)/\|x\|` for "l2" and 0 at zero. In float16 and bfloat16 elements are
-      rounded once: a million of them in unit l2 norm are near 1e-3 each, and what is below 6e-5
-      loses bits in float16. Prefer "rms" there.
+      rounded once. A million of them in unit l2 norm are near 1e-3 each; float16 loses bits below
+      6e-5. Prefer "rms" there.
 
     Notes:
       `axis_name=None` asks JAX over which mesh axes a leaf varies. JAX knows in `jax.shard_map`
@@ -88,7 +90,7 @@ def unit_scale(
 
       A leaf may vary over an axis that the norm must not run over. One is a leaf whose kept axis
       is split. Another is a leaf that `lax.all_gather(…, tiled=True)` made whole on each device:
-      JAX cannot tell it from a split one, its norm counts once a device, and the update of 8
+      JAX cannot tell it from a split one, each device's copy is counted, and the update on 8
       devices has norm 0.354 = 1/√8. Give `axis_name=()` for such leaves, or gather by
       `lax.all_gather(…, to="invarying")` where JAX has it.
 

@@ -271,3 +271,15 @@ def test_stacked_layers_have_their_own_norms_along_the_axis_that_is_named():
     assert norms["head"].shape == ()
     masked = tree | {"decoder": optax.MaskedNode()}
     assert list(gradient_norms(masked, axis=stacked("decoder/**", axis=1))) == ["head"]
+
+
+def test_the_nearest_entry_counts_in_whichever_spelling():
+    x = np.full((2, 2), 3.0, np.float32)
+    tree = {"dense": {"kernel": x, "bias": x}}
+    mixed = {"dense": None, "dense/kernel": 0}
+    norms = gradient_norms(tree, axis=mixed)
+    assert {name: norm.shape for name, norm in norms.items()} == {
+        "dense/bias": (),
+        "dense/kernel": (2,),
+    }
+    assert set(gradient_norms(tree, scope={"dense": "x", "dense/kernel": "y"})) == {"x", "y"}
