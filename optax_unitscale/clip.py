@@ -47,8 +47,8 @@ def clip_norm(
     Numerics:
       A group within the limit stays as it is, bit for bit. Any other is computed in float32 (or
       float64, where a leaf of the group has it) and rounded once to its dtype. The norm is exact as
-      in `unit_scale`, also where squares overflow or vanish. A group with NaN or an infinity becomes
-      NaN throughout.
+      in `unit_scale`, also where squares overflow or vanish. A group with NaN or an infinity is NaN
+      throughout.
 
     Examples:
       >>> import jax.numpy as jnp, optax

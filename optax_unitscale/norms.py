@@ -6,8 +6,8 @@ sum is taken of the elements times a power of two. There are three ways to the s
 - On GPU and TPU, one pass takes the sum at three scales (Blue 1978), which is free: it waits for
   memory.
 - On CPU, one pass takes the plain sum, and a second pass runs only if the first left the range.
-- float64 holds every square of a narrower dtype. It is used on CPU for groups of small leaves, where
-  it beats a branch, and on GPU for groups with a leaf that keeps its last axis.
+- float64 holds every square of a narrower dtype. It is used on CPU for groups of small leaves,
+  where it beats a branch, and on GPU for groups with a leaf that keeps its last axis.
 """
 
 import functools

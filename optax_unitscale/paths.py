@@ -75,7 +75,7 @@ class Prefix:
         return () in self._exact, self._exact.get(())
 
     def check_fit(self, caller: str, argument: str, updates: Any) -> None:
-        """Raises for an entry that matches nothing in the updates, which is most likely misspelt."""
+        """Raises for an entry that matches nothing in the updates: most likely it is misspelt."""
         found = places(updates)
         ends, inner = set(found), {above for place in found for above in _ancestors(place)}
         for names, _ in self.entries:

@@ -54,7 +54,8 @@ def by_rank(factory: Any) -> Any:
 def load() -> Any:
     """Optax's module of tests with this list of optimizers in the place of its own."""
     spec = importlib.util.find_spec("optax.contrib._common_test")
-    assert spec and spec.origin
+    assert spec
+    assert spec.origin
     text = pathlib.Path(spec.origin).read_text()
     for line, ours in (
         ("for optimizer in _MAIN_OPTIMIZERS_UNDER_TEST:\n", "_MAIN_OPTIMIZERS_UNDER_TEST = OURS\n"),
