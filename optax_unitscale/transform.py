@@ -66,9 +66,10 @@ def unit_scale(
     Numerics:
       The norm of the result is 1 within a few units of the leaf's precision for every element in
       the dtype's normal range, but for the long plain sums below. There is no epsilon. Sums are
-      accumulated in float32, or in float64 where the group holds float64 or complex128, at a
-      power-of-two scale where squares would overflow or vanish. Groups whose leaves all have fewer than 4096 elements on CPU, and groups
-      with a leaf that keeps its last axis on GPU, are summed in float64.
+      accumulated in float32, or in float64 where the group holds float64 or complex128, at a power-
+      of-two scale where squares would overflow or vanish. Groups whose leaves all have fewer than
+      4096 elements on CPU, and groups with a leaf that keeps its last axis on GPU, are summed in
+      float64.
 
       Where XLA adds one element after the other, the sum of n equal ones can be off by up to n
       units. On CPU it does so when a kept axis lies between summed ones, when a leaf has nine axes
