@@ -248,13 +248,6 @@ def test_half_a_line_at_the_end_of_the_log_is_dropped(tmp_path):
 
 
 STEP = {"kind": "step", "optimizer": "sgd", "step": 1, "loss": None, "seconds": 1, "norms": {}}
-    "kind": "step",
-    "optimizer": "sgd",
-    "step": 1,
-    "loss": None,
-    "seconds": 1,
-    "norms": {"w": 2},
-}
 
 
 @pytest.mark.parametrize(
