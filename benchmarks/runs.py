@@ -108,16 +108,16 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def read(path: pathlib.Path, hint: Any) -> dict[str, Any]:
-    """What an earlier run left in a JSON file, nothing where there is none.
+    """What an earlier run left in a JSON file by name, nothing where there is none.
 
     Raises:
-      UsageError: the file holds something else than `hint` says.
+      UsageError: a value is not what `hint` says, see `fits`.
     """
     if not path.exists():
         return {}
     with contextlib.suppress(ValueError):
         content = json.loads(path.read_bytes())
-        if fits(content, hint):
+        if isinstance(content, dict) and all(fits(value, hint) for value in content.values()):
             return content
     raise UsageError(
         f"argument --out: {path} is not what an earlier run wrote; restore or delete that file"

@@ -20,12 +20,12 @@ from common import compilations
 
 from benchmarks import __main__, runs, tasks
 from benchmarks.arguments import UsageError
-from benchmarks.commands.compare import PRESETS
+from benchmarks.commands.compare import PRESETS, RESULT
 from benchmarks.optimizers import COMPARED, CONTENDERS
 from benchmarks.runs import Log
 from benchmarks.sweep import compare_search, jobs, session, verdicts
 from benchmarks.sweep.compare_search import Plan, half_decade, next_index, tune
-from benchmarks.sweep.summary import Result, standings
+from benchmarks.sweep.summary import standings
 from benchmarks.sweep.transfer_search import Best
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
@@ -320,8 +320,8 @@ def test_earlier_results_can_be_read_and_gone_on_with():
     files = [*folder.glob("*/*.jsonl")]
     assert len(files) > 10
     assert all(session.trials(Log(path)) for path in files)
-    assert runs.read(folder / "compare/compare.json", dict[str, Result])
-    assert runs.read(folder / "transfer/transfer.json", dict[str, dict[str, dict[str, Best]]])
+    assert runs.read(folder / "compare/compare.json", RESULT)
+    assert runs.read(folder / "transfer/transfer.json", dict[str, dict[str, Best]])
 
 
 def test_a_process_that_fails_is_reported():

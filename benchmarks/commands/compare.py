@@ -19,10 +19,10 @@ from benchmarks.optimizers import COMPARED
 from benchmarks.sweep import compare_search, session, verdicts
 from benchmarks.sweep.figures import plot_rates
 from benchmarks.sweep.jobs import Job
-from benchmarks.sweep.summary import NEAR, Result, Standing, standings
+from benchmarks.sweep.summary import NEAR, Standing, standings
 from benchmarks.tasks import TASKS, Task, load
 
-__all__ = ["PRESETS", "add_arguments", "run"]
+__all__ = ["PRESETS", "RESULT", "add_arguments", "run"]
 
 PRESETS = {
     "cpu": compare_search.Plan(rates=7, seeds=3, length=1.0, batch_size=1),
@@ -34,6 +34,9 @@ PRESETS = {
 SWEPT = tuple(name for name in TASKS if name != "finetune")
 # What a sweep that goes on must have in common with its beginning.
 FIXED = ("data_sha256", "steps", "batch_size", "plan", "target")
+
+# What `compare.json` holds of a task.
+RESULT = {"metric": str, "higher_is_better": bool, "target": float, "standings": list[Standing]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     tasks = {name: load(name) for name in dict.fromkeys(options.task or SWEPT)}
     plan = PRESETS[options.preset]
     abouts = {name: _about(name, task, plan) for name, task in tasks.items()}
-    with session.opened("compare", options, abouts, FIXED, dict[str, Result]) as sweep:
+    with session.opened("compare", options, abouts, FIXED, RESULT) as sweep:
         todo = []
         for name, optimizer in itertools.product(
             tasks, dict.fromkeys(options.optimizer or COMPARED)
@@ -134,8 +137,8 @@ def _format(value: float | None, how: str = ".4g") -> str:
     return "-" if value is None else format(value, how)
 
 
-def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -> Result:
-    """What `compare.json` holds of a task."""
+def _result(task: Task, plan: compare_search.Plan, places: Sequence[Standing]) -> dict[str, Any]:
+    """As `RESULT` says."""
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,

@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs what is missing, writes, prints; returns the exit status."""
     sizes, length = _sizes(options), PRESETS[options.preset]
     abouts = {name: _about(name, own[0], length) for name, own in sizes.items()}
-    hint = dict[str, dict[str, dict[str, Best]]]
-    with session.opened("transfer", options, abouts, FIXED, hint) as sweep:
+    with session.opened("transfer", options, abouts, FIXED, dict[str, dict[str, Best]]) as sweep:
         sweep.run([*_todo(options, sizes, length, sweep)], options.workers)
         for name, log in sweep.logs.items():
             found = _results(log)

@@ -116,7 +116,7 @@ def opened(
     options: argparse.Namespace,
     abouts: Mapping[str, Mapping[str, Any]],
     fixed: Sequence[str],
-    results: Any,
+    result: Any,
 ) -> Iterator[Sweep]:
     """Opens the folder of a sweep, all of whose files are read before any work.
 
@@ -125,7 +125,7 @@ def opened(
       options: with --out and --resume.
       abouts: by task, the entry that opens its file.
       fixed: what a sweep that goes on must have in common with its beginning.
-      results: the type of the file of results.
+      result: what the file of results holds for each task, as `runs.fits` takes it.
 
     Yields:
       The sweep.
@@ -135,7 +135,7 @@ def opened(
         folder = runs.folder(command, options.out, options.resume, ("*.jsonl",))
         out = held.enter_context(folder)
         logs = {name: Log(out / f"{name}.jsonl") for name in abouts}
-        found = runs.read(out / f"{command}.json", results)
+        found = runs.read(out / f"{command}.json", result)
         for name, log in logs.items():
             for field in fixed if log.entries else ():
                 saved = log.entries[0].get(field)

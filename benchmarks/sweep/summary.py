@@ -3,14 +3,14 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.sweep.compare_search import best_rate, worth
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import SPLITS, Task
 
-__all__ = ["NEAR", "Result", "Standing", "standings"]
+__all__ = ["NEAR", "Standing", "standings"]
 
 # Of the best: a metric within this share of it counts as near.
 NEAR = 0.1
@@ -46,16 +46,6 @@ class Standing(NamedTuple):
     near_own: float
     diverged: int
     tried: int
-
-
-class Result(TypedDict):
-    """What `compare.json` holds of a task; each standing as `Standing._asdict` makes it."""
-
-    metric: str
-    higher_is_better: bool
-    target: float
-    steps: int
-    standings: list[dict[str, Any]]
 
 
 def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
