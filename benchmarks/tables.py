@@ -50,6 +50,9 @@ def texts() -> dict[str, str]:
         found |= _compared(path.parent.name, _read(path))
     for path in sorted(RESULTS.glob("*/transfer.json")):
         found |= _transferred(path.parent.name, _read(path))
+    for entry in map(json.loads, (RESULTS / "train" / "metrics.jsonl").read_text().splitlines()):
+        if entry["kind"] == "result":
+            found[f"train/{entry['optimizer']}"] = f"{entry['test']:.3g}"
     return found | _timed(_read(RESULTS / "speed.json")["results"])
 
 
