@@ -79,7 +79,7 @@ class Layers(Mapping[str, Layer]):
         """Of the layers, as equality is."""
         return hash(frozenset(self._layers.items()))
 
-    def map(self, function: Callable[[Layer | None], Any], tree: Any) -> Any:
+    def map(self, function: Callable[[Any], Any], tree: Any) -> Any:
         """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
 
         It gives masks and labels for other transformations, such as Adam for all but kernels

@@ -23,7 +23,7 @@ def unit_sgd(
     accumulator_dtype: Any = None,
     *,
     scope: Literal["leaf", "layer", "global"] | Any = "layer",
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     layers: Layers | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +82,7 @@ def unit_muon(
     momentum: jax.typing.ArrayLike = 0.95,
     *,
     layers: Layers | Mapping[str, Any] | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     keep_norm: bool = False,
     mu_dtype: Any = None,
@@ -194,7 +194,7 @@ def _where(
 
 def _decay(
     caller: str,
-    weight_decay: jax.typing.ArrayLike,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Any,
     layers: Layers | Mapping[str, Any] | None,
     tree: Any,

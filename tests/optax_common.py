@@ -64,7 +64,8 @@ def load() -> Any:
     ):
         assert text.count(line) == 1, line
         text = text.replace(line, ours + line)
-    contrib.unit_sgd, contrib.unit_muon = by_rank(unit_sgd), by_rank(unit_muon)
+    for factory in (unit_sgd, unit_muon):
+        setattr(contrib, factory.__name__, by_rank(factory))
     module = importlib.util.module_from_spec(spec)
     module.__dict__["OURS"] = OURS
     sys.modules[spec.name] = module

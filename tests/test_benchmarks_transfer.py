@@ -16,6 +16,7 @@ from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERR
 from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
+from optax_unitscale import layers_of
 
 
 @pytest.mark.parametrize("best", [-17, -6, -5, -2, -1, 0, 1, 3, 9, 14])
@@ -86,7 +87,7 @@ def test_the_width_rule_divides_the_rate_of_kernels_and_of_nothing_else():
             "up": {"kernel": jnp.ones((width, 3)), "bias": jnp.ones(3)},
         }
         gradients = jax.tree.map(lambda x: 0.5 * x, params)
-        optimizer = CONTENDERS[name].make(0.25)
+        optimizer = CONTENDERS[name].make(0.25, layers_of(params))
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     for factor in (1, 2, 8):
@@ -102,17 +103,18 @@ def test_the_width_rule_divides_the_rate_of_kernels_and_of_nothing_else():
 
 # Whose kernels, of rank one here, have the spectral norm √(64/16).
 SHAPED = [name for name in CONTENDERS if "_shape" in name]
+OTHERS = ["muon", "unit_muon_keep_norm"]
 WHOLE = ["unit_scale_shape", "unit_scale_shape_vectors", "unit_scale_muon_leaf"]
 
 
-@pytest.mark.parametrize("name", [*SHAPED, *(name for name in ORTHOGONAL if name != "muon")])
+@pytest.mark.parametrize("name", [*SHAPED, *(name for name in ORTHOGONAL if name not in OTHERS)])
 @pytest.mark.parametrize("size", [3.0, 1e-30])
 def test_unit_scale_with_shape_makes_steps_of_the_spectral_length(name, size):
     """At any magnitude, where Muon alone, which adds 1e-8, makes none."""
     embedding = jnp.zeros((5, 64)).at[:2].set(size)
     gradients = {"kernel": jnp.full((16, 64), size), "bias": jnp.full(64, size)}
     gradients["embedding"] = embedding
-    optimizer = CONTENDERS[name].make(0.5)
+    optimizer = CONTENDERS[name].make(0.5, layers_of(gradients))
     updates: Any
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(gradients, optimizer.init(gradients))

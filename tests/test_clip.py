@@ -79,7 +79,7 @@ def test_the_limit_may_be_traced_injected_or_scheduled():
     x = jnp.array([3.0, 4.0])
     expected = np.array([1.5, 2.0])
     np.testing.assert_allclose(jax.jit(lambda m: clipped(x, m))(2.5), expected, rtol=1e-6)
-    tx = optax.inject_hyperparams(clip_norm)(max_norm=lambda n: jnp.where(n == 0, 2.5, 10.0))
+    tx: Any = optax.inject_hyperparams(clip_norm)(max_norm=lambda n: jnp.where(n == 0, 2.5, 10.0))
     first, state = tx.update(x, tx.init(x))
     second, _ = tx.update(x, state)
     np.testing.assert_allclose(first, expected, rtol=1e-6)

@@ -168,10 +168,10 @@ def test_beside_a_leaf_on_a_mesh_one_may_be_on_none():
 
 def test_a_leaf_with_reduced_axes_keeps_them_and_an_unreduced_one_is_refused():
     def multiply(x, y):
-        return jnp.einsum("ij,jk->ik", x, y, out_sharding=P(None, None, unreduced={"a"}))
+        return jnp.einsum("ij,jk->ik", x, y, out_sharding=P(None, None, unreduced=frozenset("a")))
 
     with jax.set_mesh(make_mesh(AxisType.Explicit)):
-        x = jax.device_put(jnp.ones((8, 4)), P(None, "b", reduced={"a"}))
+        x = jax.device_put(jnp.ones((8, 4)), P(None, "b", reduced=frozenset("a")))
         assert abs(float(gradient_norms(x)["updates"]) - 32**0.5) < 1e-6
         for axis in (None, 0, (1,)):
             result = jax.jit(lambda x, axis=axis: scaled(x, axis=axis))(x)

@@ -33,6 +33,11 @@ def loss_of(predictions: Any) -> Any:
     return jnp.mean((predictions - Y) ** 2)
 
 
+def updates_of(tx: Any, gradient: Any, params: Any = None) -> Any:
+    """Those of the first step."""
+    return tx.update(gradient, tx.init(gradient if params is None else params), params)[0]
+
+
 def check_learns(step: Any, steps: int = 40) -> None:
     losses = [float(step()) for _ in range(steps)]
     assert losses[-1] < 0.5 * losses[0]
@@ -127,7 +132,7 @@ def test_each_kind_of_leaf_gets_its_step_at_any_magnitude():
     updates = []
     for magnitude in (1.0, 2.0**-100, 2.0**100):
         scaled = jax.tree.map(lambda x, by=magnitude: jnp.asarray(x * np.float32(by)), gradient)
-        updates.append(tx.update(scaled, tx.init(params))[0])
+        updates.append(updates_of(tx, scaled))
     up, embed, blocks = (updates[0][name] for name in ("up", "embed", "blocks"))
     spectral = np.linalg.svd(np.asarray(up["kernel"]), compute_uv=False)
     np.testing.assert_allclose(spectral, 2, rtol=0.15)
@@ -145,34 +150,33 @@ def test_unknown_leaves_are_refused_at_init_all_of_them_with_the_line_to_write()
     with pytest.raises(ValueError, match=r"(?s)unit_muon: .*codebook.*qkv/kernel"):
         unit_muon(0.1).init(params)
     known = {"qkv/kernel": Kernel(0, (2, 3)), "codebook": "embedding"}
-    updates, _ = (tx := unit_muon(0.1, layers=known)).update(params, tx.init(params))
+    updates = updates_of(unit_muon(0.1, layers=known), params)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
 def test_weights_decay_apart_from_the_gradient_and_kernels_only_unless_masked():
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     zeros = jax.tree.map(jnp.zeros_like, params)
+    masks: Any = (
+        ({}, {"kernel": True, "bias": False}),
+        ({"mask": {"kernel": False, "bias": True}}, {"kernel": False, "bias": True}),
+        ({"mask": lambda tree: jax.tree.map(lambda _: True, tree)}, {"kernel": 1, "bias": 1}),
+    )
     for make in (unit_sgd, unit_muon):
-        for options, decays in (
-            ({}, {"kernel": True, "bias": False}),
-            ({"mask": {"kernel": False, "bias": True}}, {"kernel": False, "bias": True}),
-            ({"mask": lambda tree: jax.tree.map(lambda _: True, tree)}, {"kernel": 1, "bias": 1}),
-        ):
-            tx = make(0.1, weight_decay=0.5, **options)
-            updates, _ = tx.update(zeros, tx.init(params), params)
+        for options, decays in masks:
+            updates = updates_of(make(0.1, weight_decay=0.5, **options), zeros, params)
             for name, does in decays.items():
                 np.testing.assert_allclose(updates[name], -0.15 * bool(does), rtol=1e-6)
 
 
 def test_kernels_keep_their_norms_where_asked():
-    params = {"kernel": jnp.asarray(X), "bias": jnp.zeros(8)}
+    params: Any = {"kernel": jnp.asarray(X), "bias": jnp.zeros(8)}
     tx = unit_muon(0.1, keep_norm=True)
     state = tx.init(params)
     for seed in range(3):
         gradient = {"kernel": jax.random.normal(jax.random.key(seed), (64, 8)), "bias": jnp.ones(8)}
         updates, state = tx.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    assert isinstance(params, dict)
     assert abs(np.linalg.norm(params["kernel"]) / np.linalg.norm(X) - 1) < 1e-6
 
 
@@ -183,8 +187,7 @@ def test_the_momentum_has_the_dtype_that_is_asked_for():
         assert jnp.dtype("bfloat16") in dtypes
         # Optax adds bfloat16 momentum to a float32 gradient.
         with jax.numpy_dtype_promotion("standard"):
-            updates, _ = tx.update(params, tx.init(params))
-        assert isinstance(updates, dict)
+            updates = updates_of(tx, params)
         assert updates["kernel"].dtype == jnp.float32
 
 
@@ -193,7 +196,7 @@ def test_a_layer_of_modules_need_not_be_the_trees():
     layers = layers_of(model)
     params = eqx.filter(model, eqx.is_inexact_array)
     for tx in (unit_muon(0.1), unit_muon(0.1, layers=layers)):
-        updates, _ = tx.update(params, tx.init(params))
+        updates = updates_of(tx, params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 

@@ -18,6 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.models.bert import Bert, BertConfig, Classifier, mean, restore
 from benchmarks.tasks import finetune
 from benchmarks.tasks.shared import boolq, minilm
+from optax_unitscale import layers_of
 
 # Recorded by records/record_minilm.py.
 RECORD = np.load(pathlib.Path(__file__).parent / "records" / "minilm.npz")
@@ -220,7 +221,7 @@ def test_a_few_steps_of_unit_scale_lower_the_loss_and_change_the_last_blocks_alo
     assert isinstance(model, Classifier)
     batch = task.batch(0, 1, 4, slice(None))
     steps = 6
-    transformation = optimizers.make("unit_scale", 0.003, steps)
+    transformation = optimizers.make("unit_scale", 0.003, steps, layers_of(model))
     graph, parameters, others = nnx.split(model, nnx.Param, ...)
     before = jax.device_get(parameters)
 
