@@ -187,6 +187,12 @@ def _at_array(
     parts = _real_parts(x, dtype)
     if root is not None:
         parts = [_times(part, root, axes) for part in parts]
+    if kind == "linf":
+        # XLA:CPU holds the integers of `_sum` in memory. Its maximum of floats can lose NaN, which
+        # a sum does not; behind a barrier of its own each of the two is fused with its operand.
+        total = _sum("l1", _real_parts(lax.optimization_barrier(x), dtype), axes)
+        largest = jnp.max(jnp.abs(_complex_of(parts)), axes)
+        return _bits(jnp.where(jnp.isnan(total), jnp.nan, largest))
     return _sum(kind, parts, axes)
 
 

@@ -1,7 +1,7 @@
 """What several test files have in common: the norms, samples, a short call, compilations."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,19 +9,25 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from jax import export
 
 from optax_unitscale import Layer, layers_of, scale_by_shape, unit_scale
+from optax_unitscale.norms import SMALL
 
 __all__ = [
     "EMPTY",
+    "LARGE",
     "NORMS",
+    "check_group",
     "compilations",
+    "every_norm",
     "exported_for",
     "factors",
     "line_of",
     "said",
+    "program",
     "sample",
     "scaled",
     "shaped",
@@ -31,6 +37,8 @@ __all__ = [
 
 EMPTY = optax.EmptyState()
 NORMS = ["l2", "rms", "l1", "linf"]
+# The shape of a leaf that takes the way of large ones on CPU; the tests' others are small.
+LARGE = (SMALL // 64 + 1, 64)
 _EVENTS: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _EVENTS.append(event))
 
@@ -43,6 +51,11 @@ def compilations() -> int:
 def scaled(tree: Any, norm: str = "l2", **options: Any) -> Any:
     """The updates of one call of `unit_scale`."""
     return unit_scale(norm, **options).update(tree, EMPTY)[0]
+
+
+def every_norm(tree: Any, **options: Any) -> dict[str, Any]:
+    """The updates by each norm, to be compiled together."""
+    return {norm: scaled(tree, norm, **options) for norm in NORMS}
 
 
 def factors(tree: Any, *args: Any, **options: Any) -> dict[str, float]:
@@ -73,7 +86,12 @@ def exported_for(function: Callable[[Any], Any], example: Any, platform: str = "
     return jax.jit(made.call)
 
 
-def sample(shape, dtype, magnitude=1.0, seed=0):
+def program(function: Callable[[Any], Any], example: Any, platform: str) -> Any:
+    """The program for "cpu", or that for "cuda" or "tpu" to be run on CPU."""
+    return jax.jit(function) if platform == "cpu" else exported_for(function, example, platform)
+
+
+def sample(shape, dtype="float32", magnitude=1.0, seed=0):
     """Normal samples, none so near to zero that it would be subnormal."""
     rng = np.random.default_rng(seed)
     draws = rng.normal(size=(2, *shape))
@@ -101,3 +119,28 @@ def line_of(error: pytest.ExceptionInfo[ValueError]) -> str:
     found = re.search(r"layers_of\(.*\)", str(error.value))
     assert found
     return found[0]
+
+
+def check_group(
+    results: Sequence[Any], gradients: Sequence[np.ndarray], norm: str, summed: int = 0
+) -> None:
+    """Unit norm and true quotients, within a few units of the leaves' precision.
+
+    `summed` is how many units of float32 more the sum of the squares may be off: CPU adds one
+    element after the other in the programs for GPU, which has a tree, and in sums of columns.
+    """
+    sum_error = summed * 2.0**-23
+    eps = max(oracle.epsilon(g.dtype) for g in gradients)
+    results = [np.asarray(r) for r in results]
+    # Half a unit for each rounding of an element, which for the worst of signs all add up; two
+    # more for the sum, its root and its reciprocal.
+    assert abs(oracle.norm_of(results, norm) - 1) < 4 * eps + sum_error
+    for result, gradient, quotient in zip(
+        results, gradients, oracle.unit(gradients, norm), strict=True
+    ):
+        assert result.dtype == gradient.dtype
+        assert result.shape == gradient.shape
+        units = 4 * oracle.epsilon(gradient.dtype) + sum_error
+        tiny = float(jnp.finfo(gradient.dtype).tiny)
+        wide = result.astype(np.complex128 if np.iscomplexobj(result) else np.float64)
+        assert (np.abs(wide - quotient) <= units * np.abs(quotient) + tiny).all()

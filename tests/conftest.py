@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from optax_unitscale import norms
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # For the tests of sharding; the others use the first.
@@ -33,14 +31,3 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-@pytest.fixture(scope="module", params=["small", "large"])
-def leaf_size(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leaves of a few elements take the way of small leaves on CPU, then that of large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "large":
-            patch.setattr(norms, "SMALL", 0)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()

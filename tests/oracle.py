@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["epsilon", "norm_of", "unit"]
+__all__ = ["epsilon", "norm_of", "unit", "widen"]
 
 
 def norm_of(arrays: Sequence[np.ndarray], norm: str) -> np.longdouble:
     """The norm of all elements of some arrays together."""
-    sizes = np.concatenate([np.abs(_widen(array)).ravel() for array in arrays])
+    sizes = np.concatenate([np.abs(widen(array)).ravel() for array in arrays])
     largest = sizes.max()
     if norm == "linf" or largest == 0:
         return np.longdouble(largest)
@@ -24,7 +24,7 @@ def norm_of(arrays: Sequence[np.ndarray], norm: str) -> np.longdouble:
 def unit(arrays: Sequence[np.ndarray], norm: str) -> list[np.ndarray]:
     """The arrays over their common norm."""
     by = norm_of(arrays, norm)
-    return [_widen(array) / by for array in arrays]
+    return [widen(array) / by for array in arrays]
 
 
 def epsilon(dtype: np.typing.DTypeLike) -> float:
@@ -32,7 +32,10 @@ def epsilon(dtype: np.typing.DTypeLike) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-def _widen(array: np.ndarray) -> np.ndarray:
+def widen(array: np.typing.ArrayLike) -> np.ndarray:
+    """The same numbers in the widest type."""
     array = np.asarray(array)
-    wide = np.clongdouble if np.iscomplexobj(array) else np.longdouble
-    return array.astype(np.float64).astype(wide) if wide is np.longdouble else array.astype(wide)
+    if np.iscomplexobj(array):
+        return array.astype(np.clongdouble)
+    # NumPy does not know how to make longdouble of bfloat16.
+    return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
