@@ -115,7 +115,7 @@ def _sizes(options: argparse.Namespace) -> dict[str, list[int]]:
 def _results(log: Log) -> dict[str, dict[int, Best]]:
     """By optimizer and size, what `transfer_search.best` says and what there is of it."""
     results: dict[str, dict[int, Best]] = {}
-    sizes = sorted({entry["size"] for entry in log.entries if entry["kind"] == "trial"})
+    sizes = sorted({entry["size"] for entry in log.entries if "size" in entry})
     optimizers = dict.fromkeys((*TRANSFERRED, *CONTENDERS))
     for optimizer, size in itertools.product(optimizers, sizes):
         best = transfer_search.best(session.trials(log, size=size, optimizer=optimizer))

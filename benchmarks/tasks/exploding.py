@@ -21,7 +21,7 @@ def load() -> Task:
     """Reads the images of the task `image_classification`."""
     return make_task(
         splits(),
-        lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
+        model=lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
         target=50.0,
         steps=1000,
         sweep=1000,

@@ -37,7 +37,7 @@ def load() -> Task:
     minilm.check(minilm.make())
     return make_task(
         examples(),
-        _model,
+        model=_model,
         tokens=LENGTH,
         # Two points more than always yes has of the validation examples that are evaluated.
         target=66.5,

@@ -31,7 +31,7 @@ def load() -> Task:
     """Reads the images."""
     return make_task(
         splits(),
-        lambda seed: CNN(SIZE, 10, nnx.Rngs(seed)),
+        model=lambda seed: CNN(SIZE, 10, nnx.Rngs(seed)),
         target=95.0,
         steps=600,
         sweep=600,

@@ -35,7 +35,7 @@ def load_depth(depth: int, learning_rates: Mapping[str, float]) -> Task:
     """Reads the images, for some number of hidden layers."""
     return make_task(
         splits(),
-        lambda seed: MLP(64, WIDTH, depth, 10, nnx.sigmoid, nnx.Rngs(seed)),
+        model=lambda seed: MLP(64, WIDTH, depth, 10, nnx.sigmoid, nnx.Rngs(seed)),
         target=95.0,
         steps=3000,
         sweep=3000,

@@ -92,7 +92,7 @@ def train(
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
         done = _restore(manager, state, say)
-        log.keep(lambda e: e["optimizer"] != config.optimizer or e.get("step", 0) <= done)
+        log.keep(lambda e: e.get("optimizer") != config.optimizer or e.get("step", 0) <= done)
         if not log.of("run", config.optimizer):
             log.append(**describe(config, layout))
         for step in range(done + 1, config.steps + 1):

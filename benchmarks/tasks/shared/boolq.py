@@ -74,32 +74,15 @@ def majority(examples: Examples) -> float:
 
 
 def make_task(
-    examples: Mapping[str, Examples],
-    model: Callable[[int], nnx.Module],
-    *,
-    tokens: int,
-    target: float,
-    steps: int,
-    sweep: int,
-    batch_size: int,
-    learning_rates: Mapping[str, float],
-    evaluated: int | None = None,
-    evaluations: int = Task.evaluations,
+    examples: Mapping[str, Examples], *, evaluated: int | None = None, **fields: Any
 ) -> Task:
     """A Task whose model maps `inputs` to logits of no and of yes, its metric the accuracy.
 
     Args:
       examples: those of "train", "validation" and "test", in the order of `splits`.
-      model: makes the model from a seed.
-      tokens: as in `Task`, like the five below.
-      target: see there.
-      steps: see there.
-      sweep: see there.
-      batch_size: see there.
-      learning_rates: see there.
       evaluated: how many examples of each split to compute the metric on, the first; all unless
         given, and of the training data as many as there are to validate.
-      evaluations: as in `Task`.
+      **fields: of `Task`, what these tasks do not share.
     """
 
     def first(split: str) -> Examples:
@@ -120,20 +103,13 @@ def make_task(
     return Task(
         metric="accuracy [%]",
         higher_is_better=True,
-        target=target,
         fingerprint=data.fingerprint(x for part in parts for x in (*part.inputs, part.yes)),
-        steps=steps,
-        sweep=sweep,
-        batch_size=batch_size,
-        tokens=tokens,
         unit="tokens",
-        learning_rates=learning_rates,
-        model=model,
         batch=batch,
         loss=_loss,
         evaluate=lambda model, split: _accuracy(first(split), _predict(model, first(split))),
         sample=sample,
-        evaluations=evaluations,
+        **fields,
     )
 
 

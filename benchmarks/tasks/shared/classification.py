@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,8 @@ def split(pixels: np.ndarray, labels: np.ndarray) -> dict[str, Images]:
     }
 
 
-def make_task(
-    splits: Mapping[str, Images],
-    model: Callable[[int], nnx.Module],
-    *,
-    target: float,
-    steps: int,
-    sweep: int,
-    batch_size: int,
-    learning_rates: Mapping[str, float],
-) -> Task:
-    """A Task whose model maps images to logits, and whose metric is the accuracy in percent."""
+def make_task(splits: Mapping[str, Images], **fields: Any) -> Task:
+    """A Task whose model maps images to logits, its metric the accuracy; `fields`: what differs."""
 
     def batch(seed: int, step: int, batch_size: int, rows: Rows) -> Images:
         """Random images of the training split."""
@@ -79,20 +70,15 @@ def make_task(
     return Task(
         metric="accuracy [%]",
         higher_is_better=True,
-        target=target,
         fingerprint=data.fingerprint(array for part in splits.values() for array in part),
-        steps=steps,
-        sweep=sweep,
-        batch_size=batch_size,
         tokens=1,
         unit="images",
-        learning_rates=learning_rates,
-        model=model,
         batch=batch,
         loss=_loss,
         evaluate=evaluate,
         sample=lambda model, seed: _lines(*shown(model, seed)[1:]),
         draw=lambda model, seed: _grid(*shown(model, seed)),
+        **fields,
     )
 
 
