@@ -81,9 +81,9 @@ def _within(
 ) -> list[jax.Array]:
     """The leaves of one group, shortened to the limit."""
     value, root = norm_of(norm, over, leaves)
-    is_within = value <= jnp.asarray(limit).astype(value.dtype) * root * root
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(value), jnp.nan, value)
+    is_within = value <= jnp.asarray(limit).astype(value.dtype) * root * root
     # Leaves within the limit are divided by 1: what is not used needs finite derivatives.
     one = jnp.ones_like(root)
     by = Norm(jnp.where(is_within, one, value), jnp.where(is_within, one, root))

@@ -198,7 +198,7 @@ def _labels_by_user(
     scope.check_fit(caller, "scope", updates)
     labels = []
     for path in paths:
-        is_found, label = scope.find(path.names)
+        is_found, label = scope.find(path)
         if not is_found:
             raise ValueError(
                 f"{caller}: scope has no label for {show(path)}, expected a pytree prefix "
@@ -216,7 +216,7 @@ def _labels_by_user(
 
 def _axes(plan: Plan, path: Path, x: jax.Array) -> tuple[int, ...]:
     if isinstance(plan.axis, Prefix):
-        is_found, axes = plan.axis.find(path.names)
+        is_found, axes = plan.axis.find(path)
         if not is_found:
             raise ValueError(
                 f"{plan.caller}: axis has no entry for {show(path)}, expected a pytree prefix of "

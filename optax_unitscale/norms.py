@@ -75,13 +75,33 @@ def norm_of(kind: str, over: tuple[Reduction, ...], leaves: Sequence[jax.Array])
 
 
 def divide(
-    x: jax.Array, norm: Norm, axes: tuple[int, ...], times: jax.typing.ArrayLike = 1.0
+    x: jax.Array, norm: Norm, axes: tuple[int, ...], times: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
-    """A leaf over its norm, times a factor, rounded once to the leaf's dtype; 0 / 0 is 0."""
+    """A leaf over its norm, rounded once to the leaf's dtype; 0 / 0 is 0.
+
+    `times` is a factor for all norms or for each, by which the quotient is multiplied.
+    """
+    factor = None
+    if times is not None:
+        norm, factor = _over_large(norm, jnp.asarray(times).astype(norm.value.dtype))
+        factor = lax.expand_dims(factor, axes) if factor.ndim else factor
     value, root = (lax.expand_dims(y, axes) for y in norm)
-    factor = jnp.asarray(times).astype(value.dtype)
     parts = [_quotient(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
-    return _complex_of([part * factor for part in parts]).astype(x.dtype)
+    if factor is not None:
+        parts = [part * factor for part in parts]
+    return _complex_of(parts).astype(x.dtype)
+
+
+def _over_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
+    """The norm over the factor where that is above 1, and the factor where it is below.
+
+    A quotient by the norm itself can be 0 where its product with a large factor is not.
+    """
+    value, root = norm.value / jnp.maximum(times, 1), norm.root
+    plain = value / root / root
+    is_plain = (root < 1) & (plain <= _RANGES[plain.dtype].high)
+    value, root = jnp.where(is_plain, plain, value), jnp.where(is_plain, 1, root)
+    return Norm(value, root), jnp.minimum(times, 1)
 
 
 @jax.custom_jvp

@@ -252,10 +252,12 @@ def _rounded(leaves: list[jax.Array], *, norm: str, over: tuple[Reduction, ...])
 def _vector(leaves: list[Any], norm: str, groups: tuple[Group, ...], layout: Layout) -> jax.Array:
     norms = _norms(leaves, norm=norm, groups=groups)
     pieces = [
-        _on_all(norms[name]).ravel() if name in norms else jnp.full(math.prod(shape), jnp.nan)
+        _on_all(norms[name]).ravel()
+        if name in norms
+        else jnp.full(math.prod(shape), jnp.nan, jnp.float32)
         for name, shape in layout
     ]
-    return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
+    return jnp.concatenate(pieces) if pieces else jnp.zeros(0, jnp.float32)
 
 
 def _on_all(norms: jax.Array) -> jax.Array:
@@ -289,9 +291,12 @@ def _layout_of(plan: Plan, params: Any) -> Layout:
 def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout:
     check_names(caller, groups)
     firsts = [(g.name, leaves[g.leaves[0]].shape, g.over[0].axes) for g in groups]
+    # In the order of names, for the order of groups depends on which leaves have a gradient.
     return tuple(
-        (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
-        for name, shape, reduced in firsts
+        sorted(
+            (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
+            for name, shape, reduced in firsts
+        )
     )
 
 

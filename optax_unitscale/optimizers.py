@@ -23,7 +23,7 @@ def unit_sgd(
     accumulator_dtype: Any = None,
     *,
     scope: Literal["leaf", "layer", "global"] | Any = "layer",
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
     layers: Layers | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +82,7 @@ def unit_muon(
     momentum: jax.typing.ArrayLike = 0.95,
     *,
     layers: Layers | Mapping[str, Any] | None = None,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
     keep_norm: bool = False,
     mu_dtype: Any = None,
@@ -194,12 +194,12 @@ def _where(
 
 def _decay(
     caller: str,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule | None,
     mask: Any,
     layers: Layers | Mapping[str, Any] | None,
     tree: Any,
 ) -> optax.GradientTransformation:
-    if isinstance(weight_decay, float | int) and weight_decay == 0:
+    if weight_decay is None or (isinstance(weight_decay, float | int) and weight_decay == 0):
         # Needs neither parameters nor layers, and has the state of what does.
         return optax.masked(optax.identity(), False)
     decay = optax.add_decayed_weights(weight_decay)

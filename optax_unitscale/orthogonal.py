@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -201,7 +202,7 @@ def _each(stack: Stack, triples: tuple[Triple, ...], is_aol: bool) -> Stack:
 
 def _polar(x: jax.Array, triples: tuple[Triple, ...], is_aol: bool, is_narrow: bool) -> jax.Array:
     """The polar factor of one matrix, whose products are in bfloat16 if `is_narrow`."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.result_type(np.float32, x.dtype)
     narrow = jnp.bfloat16 if is_narrow and wide == jnp.float32 else wide
     # Not the user's jax.default_matmul_precision, which could make these bfloat16 too.
     precision = None if narrow == jnp.bfloat16 else lax.Precision.HIGHEST

@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
-from optax_unitscale.mesh import varying_axes
+from optax_unitscale.mesh import reduced_as, varying_axes, without_reduced
 from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, norm_of
-from optax_unitscale.paths import flatten, some
+from optax_unitscale.paths import flatten, places, some
 
 __all__ = ["KeepNormState", "keep_norm"]
 
@@ -150,10 +150,12 @@ def keep_norm(
         flat = flatten(updates)
         _check_names([path.name for path, _ in flat], params)
         steps = {path.name: x for path, x in flat}
-        kept = _retract(
-            leaves, [steps.get(name) for name in names], radii, norm=norm, kernels=kernels
-        )
-        steps |= {name: x for name, x in zip(names, kept, strict=True) if x is not None}
+        given = [steps.get(name) for name in names]
+        plain = [None if x is None else without_reduced(jnp.asarray(x)) for x in given]
+        kept = _retract(leaves, plain, radii, norm=norm, kernels=kernels)
+        for name, old, new in zip(names, given, kept, strict=True):
+            if new is not None:
+                steps[name] = reduced_as(old, new)
         updates = jax.tree.unflatten(jax.tree.structure(updates), steps.values())
         return updates, KeepNormState(radii)
 
@@ -167,7 +169,8 @@ def _find(
     found = {path.name: (x, layer) for path, x, layer in layers_in(plan.caller, layers, params)}
     if is_by_layer:
         plan = plan._replace(axis=lambda name, x: _axes(found[name][1]))
-    tree = {name: x if layer.kind == "kernel" else None for name, (x, layer) in found.items()}
+    tree: dict[str, Any] = dict.fromkeys(places(params))
+    tree |= {name: x for name, (x, layer) in found.items() if layer.kind == "kernel"}
     arrays, groups = assign(plan, tree)
     by_name = {group.name: (arrays[group.leaves[0]], group.over[0]) for group in groups}
     names = [name for name, x in tree.items() if x is not None]
@@ -185,7 +188,7 @@ def _find(
             )
         column = sum(axis < layer.outputs[0] for axis in layer.batch)
         kernels.append(_Kernel(over, kept, blocks, column))
-    return names, [by_name[name][0] for name in names], tuple(kernels)
+    return names, [without_reduced(by_name[name][0]) for name in names], tuple(kernels)
 
 
 def _axes(layer: Layer) -> tuple[int, ...]:
@@ -250,7 +253,7 @@ def _retract_one(
     is_left = (_norm_of("l1", kernel, wide).value == 0) | (radius == 0)
     by, radius, is_left = jax.tree.map(functools.partial(_spread, kernel), (by, radius, is_left))
     axes = kernel.over.axes
-    kept = divide(p + wide, by, axes, lax.expand_dims(radius, axes)) - p
+    kept = divide(p + wide, by, axes, radius) - p
     return jnp.where(lax.expand_dims(is_left, axes), step, kept.astype(step.dtype))
 
 

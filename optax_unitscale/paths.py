@@ -64,8 +64,11 @@ class Prefix:
         self._exact = dict(self.entries)
         self._joined = {join(names): value for names, value in self.entries}
 
-    def find(self, names: tuple[str, ...]) -> tuple[bool, Any]:
+    def find(self, path: Path) -> tuple[bool, Any]:
         """The value that stands at a leaf or above it, and whether there is one."""
+        if path.name in self._joined and path.name != join(path.names):
+            return True, self._joined[path.name]
+        names = path.names
         exact = {join(names[:end]): names[:end] for end in range(1, len(names) + 1)}
         for above in _ancestors(join(names)):
             if exact.get(above) in self._exact:
@@ -76,8 +79,10 @@ class Prefix:
 
     def check_fit(self, caller: str, argument: str, updates: Any) -> None:
         """Raises for an entry that matches nothing in the updates: most likely it is misspelt."""
-        found = places(updates)
-        ends, inner = set(found), {above for place in found for above in _ancestors(place)}
+        flat = flatten(updates, lambda x: not jax.tree.leaves(x))
+        found = [path.name for path, _ in flat]
+        ends = {*found, *(join(path.names) for path, _ in flat)}
+        inner = {above for place in ends for above in _ancestors(place)}
         for names, _ in self.entries:
             place = join(names)
             if names and found and place not in inner and ends.isdisjoint(_ancestors(place)):
@@ -128,7 +133,7 @@ def _boxes(tree: Any, is_leaf: Callable[[Any], bool] | None) -> set[KeyPath]:
 
 def places(updates: Any) -> list[str]:
     """The names of leaves, and of the empty subtrees that optax.masked puts in their place."""
-    return [join(path.names) for path, _ in flatten(updates, lambda x: not jax.tree.leaves(x))]
+    return [path.name for path, _ in flatten(updates, lambda x: not jax.tree.leaves(x))]
 
 
 def gradients(updates: Any) -> list[tuple[Path, Any]]:
@@ -145,7 +150,7 @@ def is_tree(value: Any) -> bool:
         return True
     if isinstance(value, functools.partial):  # jax.tree_util.Partial is a tree too.
         return False
-    return bool(jax.tree.leaves(value)) and not is_one_leaf(value)
+    return jax.tree.structure(value).num_nodes > 1
 
 
 def is_one_leaf(value: Any) -> bool:

@@ -169,7 +169,7 @@ def _factor(rule: Callable[[int, int], float], path: Path, x: jax.Array, layer: 
 
 def _layer_said(numbers: Prefix, path: Path, shape: tuple[int, ...]) -> Layer | None:
     """What `dimension_numbers` say of a leaf."""
-    is_found, axes = numbers.find(path.names)
+    is_found, axes = numbers.find(path)
     if not is_found:
         raise ValueError(
             f"{CALLER}: dimension_numbers has no entry for {show(path)}, expected a pytree prefix "

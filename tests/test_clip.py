@@ -95,3 +95,16 @@ def test_its_derivative_is_that_of_the_identity_within_and_of_the_quotient_beyon
     u = np.array([0.6, 0.8])
     expected = (np.eye(2) - np.outer(u, u)) / 5
     np.testing.assert_allclose(jacobian(jnp.array([3.0, 4.0])), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_element_is_lost_that_the_result_holds():
+    for gradient, limit in (
+        ([1e38, 1.0], 1e37),
+        ([1e38, 1e-30], 1e37),
+        ([1e30, 1e-10], 1e25),
+        ([1e-30, 1e-37], 1e-31),
+        ([3e38, 1.0], 1e-37),
+    ):
+        exact = np.array(gradient) * (limit / np.hypot(*gradient))
+        result = np.asarray(clipped(jnp.array(gradient, jnp.float32), limit), np.float64)
+        np.testing.assert_allclose(result, exact, rtol=8 * 2.0**-23, atol=1.2e-38)

@@ -283,3 +283,11 @@ def test_the_nearest_entry_counts_in_whichever_spelling():
         "dense/kernel": (2,),
     }
     assert set(gradient_norms(tree, scope={"dense": "x", "dense/kernel": "y"})) == {"x", "y"}
+
+
+def test_a_model_of_nones_is_a_tree_of_axes_and_quoted_names_are_labels():
+    model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    check_same(scaled(model, axis=jax.tree.map(lambda x: None, model)), scaled(model))
+    tree = {"a/b": {"w": sample(2)}, "a": {"b": {"w": sample(3)}}}
+    names = list(gradient_norms(tree))
+    assert list(gradient_norms(tree, scope={name: name for name in names})) == names

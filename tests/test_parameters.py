@@ -21,10 +21,10 @@ from meshes import COLLECTIVE, check_layout, draw, make_mesh, shard, shard_map
 from optax_unitscale.layers import Kernel
 from optax_unitscale.parameters import keep_norm
 
-LAYERS = {"experts": Kernel(1, 2), "gates": Kernel(0, 1, blocks=3)}
+LAYERS = {"dense/kernel": Kernel(0, 1), "experts": Kernel(1, 2), "gates": Kernel(0, 1, blocks=3)}
 SHAPES = {
     "dense/kernel": (160, 120),
-    "dense/bias": (24,),
+    "dense/bias": (120,),
     "embedding": (16, 8),
     "experts": (8, 16, 24),
     "gates": (8, 48),
@@ -207,7 +207,7 @@ def test_nnxs_partitioned_parameters_keep_norm_and_sharding(kind):
 
 def test_the_radii_survive_a_checkpoint_and_map_params(tmp_path):
     optimizer: Any = optax.chain(optax.trace(0.9), keep_norm(axis=0))
-    params = {"kernel": draw((4, 6)), "bias": draw((4,))}
+    params = {"kernel": draw((4, 6)), "bias": draw((6,))}
     state = optimizer.init(params)
     moved: Any = optax.tree.map_params(optimizer, jnp.zeros_like, state)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -290,3 +290,20 @@ def test_what_cannot_be_kept_is_refused():
     split = specs(P(), P("a"), P())
     with pytest.raises(ValueError, match=r"gates of shape \(2, 48\) is split over \('a',\)"):
         shard_map(OPTIMIZER.init, (split,), P())(PARAMS)
+
+
+def test_axes_may_be_a_tree_like_parameters_that_hold_none_or_integers():
+    params = {"kernel": draw((4, 6)), "n": None, "count": jnp.arange(3)}
+    state = keep_norm(axis={"kernel": 0, "n": None, "count": None}).init(params)
+    assert state.radii.shape == (6,)
+
+
+def test_parameters_with_reduced_axes_keep_norm_and_type():
+    with jax.set_mesh(make_mesh(AxisType.Explicit)):
+        spec = P(None, "b", reduced=frozenset("a"))
+        params = {"kernel": jax.device_put(jnp.asarray(draw((8, 4))), spec)}
+        tx = keep_norm()
+        update = jax.jit(lambda p: tx.update(jax.tree.map(lambda x: 0.1 * x, p), tx.init(p), p)[0])
+        result = update(params)["kernel"]
+    assert result.sharding == params["kernel"].sharding
+    np.testing.assert_allclose(result, 0, atol=1e-6)

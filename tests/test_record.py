@@ -261,3 +261,14 @@ def test_norms_that_cannot_be_named_are_refused(state, params, message):
 def test_two_groups_of_one_name_are_refused_at_init():
     with pytest.raises(ValueError, match=r"record_norms: several groups are named \['1'\]"):
         record_norms(scope={"a": 1, "b": "1"}).init(PARAMS)
+
+
+def test_names_do_not_depend_on_which_leaves_have_a_gradient():
+    params = {name: jnp.ones(1) for name in "abc"}
+    labels = {"a": "x", "b": "y", "c": "x"}
+    tx = record_norms(scope=labels)
+    gradient = {"a": None, "b": jnp.full(1, 2.0), "c": jnp.full(1, 3.0)}
+    for given in ((), (params,)):
+        _, state = tx.update(gradient, tx.init(params), *given)
+        norms = recorded_norms(state, params, scope=labels)
+        assert {name: float(norm) for name, norm in norms.items()} == {"x": 3, "y": 2}
