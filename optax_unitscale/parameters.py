@@ -154,7 +154,7 @@ def keep_norm(
         plain = [None if x is None else without_reduced(jnp.asarray(x)) for x in given]
         kept = _retract(leaves, plain, radii, norm=norm, kernels=kernels)
         for name, old, new in zip(names, given, kept, strict=True):
-            if new is not None:
+            if old is not None and new is not None:
                 steps[name] = reduced_as(old, new)
         updates = jax.tree.unflatten(jax.tree.structure(updates), steps.values())
         return updates, KeepNormState(radii)

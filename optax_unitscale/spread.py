@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,16 @@ def spread(
     leaves, shardings = list(leaves), [jax.typeof(x).sharding for x in leaves]
     # JAX shows explicit shardings only.
     kinds = list(zip(places, shardings, strict=True))
-    work = functools.partial(_spread, function, lambda kind, x: view(kind[0], x), kinds)
+
+    def of_kind(kind: tuple[Place, Any], x: jax.Array) -> Stack:
+        return view(kind[0], x)
+
+    def work(leaves: list[jax.Array]) -> list[jax.Array]:
+        return _spread(function, of_kind, kinds, leaves)
+
     if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
-        return jax.sharding.auto_axes(work, out_sharding=shardings)(leaves)
+        apart: Any = jax.sharding.auto_axes(work, out_sharding=shardings)
+        return apart(leaves)
     return work(leaves)
 
 

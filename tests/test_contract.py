@@ -140,7 +140,8 @@ PARTIAL: dict[str, Callable[[Any], Any]] = {
 def test_what_a_wrapper_leaves_out_is_neither_scaled_nor_counted(scope):
     scaler, (given, _) = unit_scale(**SCOPES[scope]), GRADIENTS
     left_out = given | {"matrix": optax.MaskedNode()}
-    expected = scaler.update(left_out, scaler.init(left_out))[0] | {"matrix": given["matrix"]}
+    updates: Any = scaler.update(left_out, scaler.init(left_out))[0]
+    expected = updates | {"matrix": given["matrix"]}
     for wrap in PARTIAL.values():
         wrapped = wrap(scaler)
         check(wrapped.update(given, wrapped.init(START))[0], expected)

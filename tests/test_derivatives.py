@@ -20,9 +20,9 @@ def slope(x: Any, v: Any, norm: str, step: float = 1e-6) -> np.ndarray:
 
 def curvature(x: Any, v: Any, norm: str, step: float = 1e-4) -> np.ndarray:
     """The second derivative along v."""
-    x, v, step = oracle.widen(x), oracle.widen(v), np.longdouble(step)
-    one, other = (slope(y, v, norm, step) for y in (x + step * v, x - step * v))
-    return (one - other) / (2 * step)
+    x, v, h = oracle.widen(x), oracle.widen(v), np.longdouble(step)
+    one, other = (slope(y, v, norm, step) for y in (x + h * v, x - h * v))
+    return (one - other) / (2 * h)
 
 
 @functools.cache

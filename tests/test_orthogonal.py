@@ -64,7 +64,8 @@ def test_more_steps_of_polar_express_reach_the_polar_factor():
 def test_any_magnitude_gives_the_same_where_optax_adds_its_epsilon():
     x = draw(16, 24)
     expected = orthogonal({"kernel": x})["kernel"]
-    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+    axes: Any = {"kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
+    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
     for magnitude in (2.0**-110, 2.0**-50, 2.0**70, 2.0**110):
         leaf = {"kernel": jnp.asarray(x * np.float32(magnitude))}
         np.testing.assert_allclose(orthogonal(leaf)["kernel"], expected, atol=1e-5)
@@ -144,7 +145,7 @@ def test_sharded_kernels_give_the_numbers_of_one_device_and_keep_their_layout(ki
     for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(orthogonal(tree)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     # 9 matrices on 8 devices: two each, and not nine.
-    stacks = [int(n) for n in re.findall(r"f32\[(\d+),16,24\]", update.as_text())]
+    stacks = [int(n) for n in re.findall(r"f32\[(\d+),16,24\]", str(update.as_text()))]
     assert 2 in stacks
 
 

@@ -70,7 +70,7 @@ def test_each_group_keeps_its_norm_and_moves_in_the_direction_of_the_sum(norm):
 
 def test_float64_keeps_its_precision_beside_float32(x64):
     params: Any = {
-        "a": {"kernel": jnp.asarray(sample((8, 8), np.float64))},
+        "a": {"kernel": jnp.asarray(sample((8, 8), "float64"))},
         "b": {"kernel": jnp.ones((8, 8), jnp.float32)},
     }
     after, updates = stepped(params, jax.tree.map(lambda x: 0.1 * x[::-1], params))
@@ -294,7 +294,7 @@ def test_what_cannot_be_kept_is_refused():
 
 def test_axes_may_be_a_tree_like_parameters_that_hold_none_or_integers():
     params = {"kernel": draw((4, 6)), "n": None, "count": jnp.arange(3)}
-    state = keep_norm(axis={"kernel": 0, "n": None, "count": None}).init(params)
+    state: Any = keep_norm(axis={"kernel": 0, "n": None, "count": None}).init(params)
     assert state.radii.shape == (6,)
 
 
