@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ def spread(
     function: Callable[[Stack], Stack],
     view: Callable[[Place, jax.Array], Stack],
     places: Sequence[Place],
+    names: Sequence[str],
     leaves: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """The leaves with `function` in the place of each matrix, which no two devices work on.
@@ -33,30 +34,24 @@ def spread(
     Args:
       function: of a stack of matrices, each by itself.
       view: the matrices of a leaf: its elements, in another order.
-      places: for each leaf where its matrices lie, for `view`. Leaves of one place and shape are
-        taken for split alike.
+      places: for each leaf where its matrices lie, for `view`.
+      names: for each leaf; where JAX does not show how leaves are split, those of one name, place
+        and shape are taken for split alike. If they are not, more is sent.
       leaves: of one dtype, whose matrices are of one shape.
     """
     leaves, shardings = list(leaves), [jax.typeof(x).sharding for x in leaves]
-    # JAX shows explicit shardings only.
-    kinds = list(zip(places, shardings, strict=True))
-
-    def of_kind(kind: tuple[Place, Any], x: jax.Array) -> Stack:
-        return view(kind[0], x)
-
-    def work(leaves: list[jax.Array]) -> list[jax.Array]:
-        return _spread(function, of_kind, kinds, leaves)
-
     if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
-        apart: Any = jax.sharding.auto_axes(work, out_sharding=shardings)
-        return apart(leaves)
-    return work(leaves)
+        work = functools.partial(_spread, function, view, places, shardings)
+        results: Any = jax.sharding.auto_axes(work, out_sharding=shardings)(leaves)
+        return results
+    return _spread(function, view, places, names, leaves)
 
 
 def _spread(
     function: Callable[[Stack], Stack],
     view: Callable[[Place, jax.Array], Stack],
     places: Sequence[Place],
+    likes: Sequence[Hashable],
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
     views = [functools.partial(view, place) for place in places]
@@ -66,19 +61,25 @@ def _spread(
     def gather(leaves: list[jax.Array]) -> list[Stack]:
         """The matrices in stacks that `size` divides, those of like leaves together."""
         alike = collections.defaultdict(list)
-        for place, x, (count, *_) in zip(places, leaves, shapes, strict=True):
-            alike[place, x.shape, count].append(view(place, x))
-        stacks, rest = [], []
-        for (_, _, count), matrices in alike.items():
-            few = len(matrices) % (size // math.gcd(size, count))
-            rest += matrices[len(matrices) - few :]
-            if whole := matrices[: len(matrices) - few]:
-                # The leaves' own batch axes come first, for they may be split already.
-                stack = jnp.stack(whole, 1).reshape(-1, *shapes[0][1:])
+        for place, like, x, (count, *_) in zip(places, likes, leaves, shapes, strict=True):
+            alike[place, like, x.shape, count].append(x)
+        stacks, rest = [], collections.defaultdict(list)
+        for kind, members in alike.items():
+            place, _, _, count = kind
+            many = size // math.gcd(size, count)
+            whole = len(members) // many * many if axes else 0
+            if whole:
+                stack = _stack(view, place, members[:whole])
                 stacks.append(_shared(stack, axes, count % size == 0))
-        if rest:
-            last = jnp.concatenate(rest)
-            last = jnp.pad(last, ((0, -len(last) % size), (0, 0), (0, 0)))
+            if whole < len(members):
+                # XLA would gather those split otherwise over several mesh axes.
+                together = kind if len(axes) > 1 else None
+                rest[together].append(_stack(view, place, members[whole:]))
+        for few in rest.values():
+            last = jnp.concatenate(few)
+            if more := -len(last) % size:
+                # Behind a barrier: XLA:CPU else fails to compile some of these.
+                last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
             stacks.append(_shared(last, axes, False))
         return stacks
 
@@ -95,6 +96,14 @@ def _spread(
         # So XLA splits the result as the leaf. Where the leaf is NaN, the result is.
         results = [jnp.where(jnp.isnan(x), x, y) for x, y in zip(leaves, results, strict=True)]
     return results
+
+
+def _stack(
+    view: Callable[[Place, jax.Array], Stack], place: Place, leaves: list[jax.Array]
+) -> Stack:
+    # The leaves' own batch axes come first, for they may be split already.
+    matrices = jax.vmap(functools.partial(view, place), out_axes=1)(jnp.stack(leaves))
+    return matrices.reshape(-1, *matrices.shape[2:])
 
 
 def _shared(stack: Stack, axes: tuple[str, ...], is_whole: bool) -> Stack:
