@@ -29,6 +29,8 @@ from benchmarks.sweep.summary import standings
 from benchmarks.sweep.transfer_search import Best
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = "vanishing_4"
 PATIENCE = 240

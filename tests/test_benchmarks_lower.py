@@ -21,6 +21,8 @@ from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
 from benchmarks.lowering.updates import METHODS
 from optax_unitscale import unit_scale
 
+pytestmark = pytest.mark.slow
+
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "compiled"
 RECORDED = json.loads((RESULTS / "lower.json").read_text())
 INSTALLED = any(map(is_installed, TOPOLOGIES.values()))

@@ -135,6 +135,7 @@ def thumbnail(data: str) -> np.ndarray:
     return pixels.reshape(SQUARES, PIXELS, SQUARES, PIXELS).min(axis=(1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_each_notebook_runs_and_shows_what_is_committed(file):
     committed = read(file)

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.models.gpt import GPT, GPTConfig
 from optax_unitscale import unit_scale
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GPTConfig(vocabulary=16, context=8, depth=1, heads=2, width=16)
 STEPS, BATCH = 20, 16
 AXES = ("data", "model")

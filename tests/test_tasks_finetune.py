@@ -20,6 +20,8 @@ from benchmarks.tasks import finetune
 from benchmarks.tasks.shared import boolq, minilm
 from optax_unitscale import layers_of
 
+pytestmark = pytest.mark.slow
+
 # Recorded by records/record_minilm.py.
 RECORD = np.load(pathlib.Path(__file__).parent / "records" / "minilm.npz")
 SMALL = BertConfig(
