@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.timing import gpts, growth, trees
+from benchmarks.timing import gpts, growth, orthogonal, trees
 from benchmarks.timing.measurement import WARM_UP, Row
 from benchmarks.timing.methods import CEILINGS, SCOPES, STEPS
 
@@ -18,6 +18,7 @@ PARTS = {
     "eager": f"calls without jax.jit on {growth.EAGER_LEAVES} leaves",
     "leaves": "4 M parameters in more and more leaves, run and compiled",
     "groups": "4 M parameters in more and more rows and columns",
+    "orthogonal": "orthogonalize beside Optax's on the kernels of transformers",
 }
 DTYPES = ("float32", "bfloat16")
 
@@ -94,4 +95,8 @@ def plan(
             add("leaves", f"{leaves}", count + timed, seconds, growth.leaves, *about)
     for number in growth.GROUPS:
         add("groups", f"{number}", 4 + timed, 2 + rounds / 20, growth.groups, number, rounds)
+    for depth, width in orthogonal.SIZES:
+        count, about = len(orthogonal.TRANSFORMATIONS), (depth, width, rounds)
+        title = f"{depth} blocks of width {width}"
+        add("orthogonal", title, count + timed, 60 + 2 * rounds, orthogonal.measured, *about)
     return jobs

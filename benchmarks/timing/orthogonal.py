@@ -12,7 +12,7 @@ from benchmarks.timing import trees
 from benchmarks.timing.measurement import Row, Timed, compile_function, measure
 from optax_unitscale.orthogonal import orthogonalize
 
-__all__ = ["SIZES", "blocks", "orthogonal"]
+__all__ = ["SIZES", "TRANSFORMATIONS", "measured"]
 
 # Blocks and their width.
 SIZES = ((12, 256), (48, 64))
@@ -30,7 +30,7 @@ def _dimension_numbers(_: Any) -> optax.contrib.MuonDimensionNumbers:
     return optax.contrib.MuonDimensionNumbers()
 
 
-def blocks(depth: int, width: int) -> Any:
+def _blocks(depth: int, width: int) -> Any:
     """The shapes of the six kernels of each of a transformer's blocks."""
     sizes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
     sizes |= {"up": (width, 4 * width), "down": (4 * width, width)}
@@ -40,7 +40,7 @@ def blocks(depth: int, width: int) -> Any:
     ]
 
 
-def orthogonal(depth: int, width: int, rounds: int, advance: Callable[[], Any]) -> list[Row]:
+def measured(depth: int, width: int, rounds: int, advance: Callable[[], Any]) -> list[Row]:
     """Times every way on donated kernels, each on its own.
 
     Args:
@@ -52,7 +52,7 @@ def orthogonal(depth: int, width: int, rounds: int, advance: Callable[[], Any]) 
     Returns:
       A row a contender.
     """
-    shapes = blocks(depth, width)
+    shapes = _blocks(depth, width)
     contenders = []
     for name, made in TRANSFORMATIONS.items():
         held = [trees.fill(shapes)]

@@ -48,12 +48,14 @@ COLUMNS: dict[str, list[_Column]] = {
     "eager": TIME,
     "leaves": TIME + MADE,
     "groups": TIME + MADE,
+    "orthogonal": TIME + MADE,
 }
 # The keys of a row that together get a table, or a section of one.
 SUBJECTS = {
     "transformation": ("model", "dtype"),
     "step": ("model", "dtype"),
     "training": ("model", "dtype"),
+    "orthogonal": ("model",),
 }
 CAPTION = (
     "Medians. Ratio: of times, to the first of the section, round by round. Of ceiling: what "
