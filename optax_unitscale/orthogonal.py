@@ -84,7 +84,7 @@ def orthogonalize(
       normal range gives the same result, a matrix of zeros stays zero, and one with NaN or an
       infinity becomes NaN, alone of its stack. There is no epsilon. Products are in float32 on
       CPU, whatever `jax.default_matmul_precision` says, and of bfloat16 with float32 sums on
-      accelerators, good to 1e-2; float64 and complex leaves are worked on as such everywhere. What
+      accelerators, good to a few hundredths; float64 and complex leaves are worked on as such everywhere. What
       is below the precision of the products, 1e-7 or 4e-3 of the largest singular value, is noise,
       which five steps raise up to a thousandfold, as in all such methods.
 
@@ -200,8 +200,8 @@ def _each(stack: Stack, steps: Steps) -> Stack:
 
 def _polar(x: jax.Array, steps: Steps, is_narrow: bool) -> jax.Array:
     """The polar factor of one matrix, whose products are in bfloat16 if `is_narrow`."""
-    wide = np.result_type(np.float32, x.dtype)
-    narrow = jnp.bfloat16 if is_narrow and wide == jnp.float32 else wide
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else np.dtype(np.float32)
+    narrow = jnp.bfloat16 if is_narrow and wide == np.float32 else wide
     # Not the user's jax.default_matmul_precision, which could make these bfloat16 too.
     precision = None if narrow == jnp.bfloat16 else lax.Precision.HIGHEST
 
