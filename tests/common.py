@@ -91,7 +91,7 @@ def program(function: Callable[[Any], Any], example: Any, platform: str) -> Any:
     return jax.jit(function) if platform == "cpu" else exported_for(function, example, platform)
 
 
-def sample(shape, dtype="float32", magnitude=1.0, seed=0):
+def sample(shape: Any, dtype: Any = "float32", magnitude: float = 1.0, seed: int = 0) -> Any:
     """Normal samples, none so near to zero that it would be subnormal."""
     rng = np.random.default_rng(seed)
     draws = rng.normal(size=(2, *shape))

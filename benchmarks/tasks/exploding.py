@@ -27,5 +27,11 @@ def load() -> Task:
         sweep=1000,
         batch_size=64,
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.003, "adamw": 0.01, "unit_scale": 0.01},
+        learning_rates={
+            "sgd": 0.1,
+            "clip": 0.003,
+            "adamw": 0.01,
+            "muon": 0.003,
+            "unit_scale": 0.01,
+        },
     )

@@ -37,5 +37,5 @@ def load() -> Task:
         sweep=600,
         batch_size=64,
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.01, "unit_scale": 0.1},
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.01, "muon": 0.03, "unit_scale": 0.1},
     )

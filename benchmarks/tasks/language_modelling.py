@@ -46,7 +46,7 @@ def load() -> Task:
         tokens=CONFIG.context,
         unit="tokens",
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.01, "unit_scale": 0.03},
         model=lambda seed: GPT(CONFIG, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,

@@ -93,7 +93,7 @@ def load() -> Task:
         tokens=1,
         unit="tiles",
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.003, "clip": 0.1, "adamw": 0.1, "unit_scale": 0.01},
+        learning_rates={"sgd": 0.003, "clip": 0.1, "adamw": 0.1, "muon": 0.1, "unit_scale": 0.01},
         model=lambda seed: Detector(WIDTH, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,

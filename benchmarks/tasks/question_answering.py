@@ -56,5 +56,11 @@ def load() -> Task:
         sweep=1200,
         batch_size=32,
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.03, "clip": 0.03, "adamw": 0.001, "unit_scale": 0.1},
+        learning_rates={
+            "sgd": 0.03,
+            "clip": 0.03,
+            "adamw": 0.001,
+            "muon": 0.001,
+            "unit_scale": 0.1,
+        },
     )

@@ -87,7 +87,13 @@ def load() -> Task:
         # What AdamW reached in a pilot of half the steps.
         target=12.0,
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.01, "clip": 0.3, "adamw": 0.0003, "unit_scale": 0.003},
+        learning_rates={
+            "sgd": 0.01,
+            "clip": 0.3,
+            "adamw": 0.0003,
+            "muon": 0.01,
+            "unit_scale": 0.003,
+        },
         evaluate=_evaluate,
         sample=_sample,
     )

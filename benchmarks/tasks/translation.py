@@ -74,7 +74,7 @@ def load() -> Task:
         # What AdamW reached in a pilot of half the steps.
         target=15.0,
         # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03},
+        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.01, "unit_scale": 0.03},
         evaluate=_evaluate,
         sample=_sample,
     )

@@ -28,7 +28,7 @@ def splits() -> dict[str, Images]:
 def load() -> Task:
     """Reads the images, for eight hidden layers."""
     # The best of seven half-decades each, see results/cpu-2-cores/compare.
-    return load_depth(8, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.1})
+    return load_depth(8, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.03, "unit_scale": 0.1})
 
 
 def load_depth(depth: int, learning_rates: Mapping[str, float]) -> Task:

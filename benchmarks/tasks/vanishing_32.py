@@ -10,4 +10,6 @@ def load() -> Task:
     """Reads the images."""
     # The best of seven half-decades each, see results/cpu-2-cores/compare; none of the four
     # gets far at any.
-    return load_depth(32, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "unit_scale": 0.03})
+    return load_depth(
+        32, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.01, "unit_scale": 0.03}
+    )
