@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.models.gpt import GPTConfig
-from benchmarks.timing import growth, pytorch, trees
+from benchmarks.timing import growth, orthogonal, pytorch, trees
 from benchmarks.timing.jobs import PARTS, plan
 from benchmarks.timing.measurement import Timed, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
@@ -38,6 +38,7 @@ def tiny() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trees.MODELS, "tiny", TINY)
         patch.setattr(growth, "GROUPS", (1, 64))
+        patch.setattr(orthogonal, "SIZES", ((1, 16),))
         yield ["--model", "tiny", "--train", "tiny", "--most-leaves", "10", "--rounds", "5"]
 
 
