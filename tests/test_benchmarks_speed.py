@@ -35,7 +35,8 @@ PARAMETERS = 32 * 16 * 2 + 32 + 8 * 16 + (4 * 16 + 4 * 16**2 + 8 * 16**2 + 5 * 1
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[list[str]]:
     """Options for small runs."""
-    with pytest.MonkeyPatch.context() as patch:
+    # Optax's Muon adds numbers of several dtypes.
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setitem(trees.MODELS, "tiny", TINY)
         patch.setattr(growth, "GROUPS", (1, 64))
         patch.setattr(orthogonal, "SIZES", ((1, 16),))
