@@ -84,9 +84,9 @@ def orthogonalize(
       normal range gives the same result, a matrix of zeros stays zero, and one with NaN or an
       infinity becomes NaN, alone of its stack. There is no epsilon. Products are in float32 on
       CPU, whatever `jax.default_matmul_precision` says, and of bfloat16 with float32 sums on
-      accelerators, good to a few hundredths; float64 and complex leaves are worked on as such everywhere. What
-      is below the precision of the products, 1e-7 or 4e-3 of the largest singular value, is noise,
-      which five steps raise up to a thousandfold, as in all such methods.
+      accelerators, good to a few hundredths; float64 and complex leaves are worked on as such
+      everywhere. What is below the precision of the products, 1e-7 or 4e-3 of the largest singular
+      value, is noise, which five steps raise up to a thousandfold, as in all such methods.
 
     Notes:
       Matrices of one shape and dtype, short side first, are one batch, whichever leaves they are

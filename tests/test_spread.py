@@ -38,5 +38,5 @@ def test_sharded_kernels_give_the_numbers_of_one_device_and_keep_their_layout(ki
 
 def test_a_kernel_that_shard_map_splits_is_refused():
     update = shard_map(orthogonal, (P("a"),), P("a"))
-    with pytest.raises(ValueError, match=r"orthogonalize: updates\['kernel'\] .* shard_map"):
+    with pytest.raises(ValueError, match=r"orthogonalize: updates\['kernel'\] .* jax\.shard_map"):
         update({"kernel": jnp.ones((8, 4))})
