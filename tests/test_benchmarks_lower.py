@@ -67,6 +67,7 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
         ("{}", 8),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_0':(1)2,'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
     ],
 )
 def test_every_way_of_writing_who_takes_part_is_read(groups, size):

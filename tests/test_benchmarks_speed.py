@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.models.gpt import GPTConfig
-from benchmarks.timing import growth, pytorch, trees
+from benchmarks.timing import growth, orthogonal, pytorch, trees
 from benchmarks.timing.jobs import PARTS, plan
 from benchmarks.timing.measurement import Timed, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
@@ -35,9 +35,11 @@ PARAMETERS = 32 * 16 * 2 + 32 + 8 * 16 + (4 * 16 + 4 * 16**2 + 8 * 16**2 + 5 * 1
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[list[str]]:
     """Options for small runs."""
-    with pytest.MonkeyPatch.context() as patch:
+    # Optax's Muon adds numbers of several dtypes.
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setitem(trees.MODELS, "tiny", TINY)
         patch.setattr(growth, "GROUPS", (1, 64))
+        patch.setattr(orthogonal, "SIZES", ((1, 16),))
         yield ["--model", "tiny", "--train", "tiny", "--most-leaves", "10", "--rounds", "5"]
 
 
