@@ -294,8 +294,8 @@ def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int
     Each layer of a stack then has its own norm, and every other leaf one norm.
 
     Args:
-      pattern: names the stacked leaves: "blocks/**" is all below "blocks". `*` stands for anything
-        within one name, `**` for any number of names.
+      pattern: names the stacked leaves: ``"blocks/**"`` is all below "blocks". ``*`` stands for
+        anything within one name, ``**`` for any number of names.
       axis: the axis along which layers are stacked; MaxText's is 1.
 
     Returns:

@@ -125,10 +125,10 @@ def layers_of(
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
       overrides: what some leaves are, by patterns of their names: a `Kernel`, "embedding" or
-        "vector". "*" stands for a part of one name, "**" for any number of names; the first
+        "vector". ``*`` stands for a part of one name, ``**`` for any number of names; the first
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
-        `nn.scan` makes it, or patterns with the axis, {"decoder/layers/**": 1}. What is left of a
+        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. What is left of a
         leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
 
     Returns:

@@ -42,7 +42,7 @@ def unit_scale(
       axis: which axes of a leaf the norm runs over; every index of the others has a norm of its
         own. None (all axes), an int, a tuple of ints, a pytree prefix or dict of these as for
         `scope`, or a callable `(path, leaf) -> axes` with `path` such as "blocks/attn/kernel". For
-        layers stacked by a scan there is `stacked("blocks/**")`. Leaves that share a norm must
+        layers stacked by a scan there is ``stacked("blocks/**")``. Leaves that share a norm must
         agree in the shape of the axes they keep and, on explicit meshes, in how these are split.
       min_norm: scalar in [0, ∞), in the units of the norm; may be traced. Above it the update
         has unit norm; below it the update is `x / min_norm`, plain gradient descent, so that a
