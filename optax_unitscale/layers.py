@@ -128,8 +128,8 @@ def layers_of(
         "vector". ``*`` stands for a part of one name, ``**`` for any number of names; the first
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
-        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. What is left of a
-        leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
+        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. What is left of
+        a leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
 
     Returns:
       `Layers`: a `Layer` for each name, as `gradient_norms` has them. Integers, None and empty
