@@ -22,6 +22,8 @@ from benchmarks.tasks import language_modelling
 from benchmarks.training import loop
 from benchmarks.training.sharding import Layout
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 8
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}

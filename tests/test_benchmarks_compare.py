@@ -23,6 +23,8 @@ from benchmarks.sweep.compare_search import Plan, half_decade, next_index, tune
 from benchmarks.sweep.summary import standings
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = "vanishing_4"
 PATIENCE = 240

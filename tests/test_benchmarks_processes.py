@@ -14,6 +14,8 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.runs import Entry, Log
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 SMALL = ["--optimizer", "unit_scale", "--steps", str(STEPS), "--batch-size", "8"]

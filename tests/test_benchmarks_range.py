@@ -15,6 +15,8 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.commands.range import DTYPES, METHODS, extent
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 RECORDED = json.loads((ROOT / "benchmarks/results/cpu-2-cores/range.json").read_text())
 STRICT = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}

@@ -24,6 +24,8 @@ from benchmarks.timing.measurement import Timed, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
 from benchmarks.timing.tables import tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = GPTConfig(vocabulary=32, context=8, depth=1, heads=2, width=16)
 # Embeddings and head; of the block two norms, attention, and two layers with biases; the last norm.

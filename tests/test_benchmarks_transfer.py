@@ -17,6 +17,8 @@ from benchmarks.sweep import moves, session, transfer_search
 from benchmarks.sweep.families import FAMILIES
 from benchmarks.sweep.trial import Trial
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("best", [-17, -6, -5, -2, -1, 0, 1, 3, 9, 14])
 def test_the_search_ends_at_the_best_index_and_looks_at_few(best):

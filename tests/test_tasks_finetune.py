@@ -19,6 +19,8 @@ from benchmarks.models.bert import Bert, BertConfig, Classifier, mean, restore
 from benchmarks.tasks import finetune
 from benchmarks.tasks.shared import boolq, minilm
 
+pytestmark = pytest.mark.slow
+
 # Recorded by records/record_minilm.py.
 RECORD = np.load(pathlib.Path(__file__).parent / "records" / "minilm.npz")
 SMALL = BertConfig(

@@ -20,6 +20,8 @@ from benchmarks.tasks import load as load_task
 from benchmarks.tasks.shared import boolq
 from benchmarks.tasks.shared.completion import END, PAD, SEPARATOR, Examples, Pairs, loss
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["dialogue", "question_answering", "summarization", "translation"]
 SPLITS = ["train", "validation", "test"]
 

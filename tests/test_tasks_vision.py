@@ -27,6 +27,8 @@ from benchmarks.tasks.shared.detection import (
 )
 from optax_unitscale import gradient_norms
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["image_classification", "object_detection", "vanishing", "exploding"]
 # Two apart, one across the border of the tile below.
 BOXES = np.array([[8.0, 16.0, 40.0, 40.0], [60.0, 50.0, 76.0, 90.0], [100.0, 0.0, 140.0, 30.0]])
