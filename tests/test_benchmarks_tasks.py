@@ -19,6 +19,8 @@ from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.optimizers import SHOWN
 from benchmarks.tasks import language_modelling
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

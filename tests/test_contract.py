@@ -21,14 +21,13 @@ SCOPES: dict[str, dict[str, Any]] = {
     "labels": {"scope": {"vector": "a", "matrix": "a", "pair": "b"}},
     "axis": {"axis": -1},
 }
-RATE = optax.exponential_decay(0.1, 100, 1e-3)
 BASES = {
     "alone": optax.scale(-0.01),
-    "sgd": optax.sgd(RATE),
-    "momentum": optax.sgd(RATE, momentum=0.9),
-    "adam": optax.adam(RATE),
-    "adamw": optax.adamw(RATE),
-    "lion": optax.lion(RATE),
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(optax.exponential_decay(0.1, 100, 1e-3), momentum=0.9),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1),
+    "lion": optax.lion(0.1),
 }
 START = {
     "vector": jnp.array([-1.0, 10.0, 1.0]),
@@ -96,33 +95,6 @@ def test_updates_and_state_keep_their_types_under_cond(base, scope, x64):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
-
-
-def test_training_finds_the_least_value_and_compiles_once():
-    optimizer = optax.chain(unit_scale(min_norm=1.0), optax.sgd(0.3))
-
-    @jax.jit
-    def train(params, state, steps):
-        def step(_, carry):
-            updates, state = optimizer.update(carry[0], carry[1], carry[0])
-            return optax.apply_updates(carry[0], updates), state
-
-        return lax.fori_loop(0, steps, step, (params, state))
-
-    params, state = train(START, optimizer.init(START), 1)
-    before = compilations()
-    params, _ = train(params, state, 100)
-    assert compilations() == before
-    check(params, jax.tree.map(jnp.zeros_like, START))
-
-
-def test_map_params_reaches_the_moments_and_nothing_else():
-    optimizer = optax.chain(unit_scale(), optax.adam(RATE))
-    state = optimizer.init(START)
-    moved = optax.tree.map_params(optimizer, lambda x: x + 1, state)
-    assert jax.tree.structure(moved) == jax.tree.structure(state)
-    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True):
-        np.testing.assert_array_equal(np.asarray(after - before), 1 if before.ndim else 0)
 
 
 MASK = {"vector": True, "matrix": False, "pair": True}

@@ -1,6 +1,5 @@
 """The update's derivatives: (I - uuᵀ)/‖x‖ and its like, at any magnitude, forward and reverse."""
 
-import functools
 from typing import Any
 
 import jax
@@ -25,10 +24,8 @@ def curvature(x: Any, v: Any, norm: str, step: float = 1e-4) -> np.ndarray:
     return (one - other) / (2 * h)
 
 
-@functools.cache
-def along(norm: str) -> Any:
-    """Derivatives along v: forward and twice; and along w, in reverse, as an inner product."""
-
+@pytest.mark.parametrize("norm", NORMS)
+def test_first_and_second_derivatives_are_those_of_the_quotient_at_any_magnitude(norm):
     def update(x):
         # Two leaves that share a norm for each row.
         halves = scaled([x[:, :2], x[:, 2:]], norm, scope="global", axis=1)
@@ -36,31 +33,19 @@ def along(norm: str) -> Any:
 
     @jax.jit
     def derivatives(x, v, w):
-        def once(x):
-            return jax.jvp(update, (x,), (v,))[1]
+        """That along v, and the gradients of its and the update's inner product with w."""
+        forward, reverse_twice = jax.vjp(lambda x: jax.jvp(update, (x,), (v,))[1], x)
+        return forward, jax.vjp(update, x)[1](w)[0], reverse_twice(w)[0]
 
-        forward, twice = jax.jvp(once, (x,), (v,))
-        reverse = jax.vjp(lambda x: (update(x), once(x)), x)[1]((w, jnp.zeros_like(w)))[0]
-        reverse_twice = jax.vjp(once, x)[1](w)[0]
-        return forward, twice, reverse, reverse_twice
-
-    return derivatives
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_first_and_second_derivatives_are_those_of_the_quotient_at_any_magnitude(norm):
     x, v, w = (sample((3, 5), seed=seed) for seed in (0, 1, 2))
     first, second = slope(x, v, norm), curvature(x, v, norm)
     for power in (-100, -55, 0, 55, 100):
         by = np.float32(2.0**power)
         # Along a direction as large as the gradient the result does not depend on it.
-        found = along(norm)(x * by, v * by, w)
-        forward, twice, reverse, reverse_twice = (np.asarray(y, np.float64) for y in found)
-        np.testing.assert_allclose(forward, first, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(twice, second, rtol=1e-3, atol=1e-4)
-        # Reverse, the same numbers are inner products with w.
-        for result, expected in ((reverse, first), (reverse_twice, second)):
-            inner = float(np.sum(result * v * float(by))), float(np.sum(expected * w))
+        forward, *reverse = map(np.asarray, derivatives(x * by, v * by, w))
+        np.testing.assert_allclose(forward, first.astype(float), rtol=1e-4, atol=1e-5)
+        for result, expected in zip(reverse, (first, second), strict=True):
+            inner = np.sum(result * v * np.float64(by)), float(np.sum(expected * w))
             np.testing.assert_allclose(*inner, rtol=1e-3, atol=1e-4)
 
 
