@@ -20,8 +20,6 @@ from optax_unitscale import layers_of
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("best", [-17, -6, -5, -2, -1, 0, 1, 3, 9, 14])
 def test_the_search_ends_at_the_best_index_and_looks_at_few(best):

@@ -23,7 +23,6 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -22,7 +22,6 @@ from optax_unitscale import layers_of
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.slow
 
 # Recorded by records/record_minilm.py.
 RECORD = np.load(pathlib.Path(__file__).parent / "records" / "minilm.npz")
