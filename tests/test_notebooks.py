@@ -23,7 +23,6 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d+\.\d*|\.\d+|\d+)(?:e[+-]?\d+)?")
