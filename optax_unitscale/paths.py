@@ -80,6 +80,8 @@ class Prefix:
     def check_fit(self, caller: str, argument: str, updates: Any) -> None:
         """Raises for an entry that matches nothing in the updates: most likely it is misspelt."""
         flat = flatten(updates, lambda x: not jax.tree.leaves(x))
+        if any(not path.names for path, _ in flat):  # One leaf, or none at all.
+            return
         found = [path.name for path, _ in flat]
         ends = {*found, *(join(path.names) for path, _ in flat)}
         inner = {above for place in ends for above in _ancestors(place)}

@@ -52,7 +52,7 @@ def test_it_is_clip_by_global_norm_where_that_is_right_and_right_where_that_fail
     ):
         np.testing.assert_allclose(result, other, rtol=4 * 2.0**-23)
     huge = sample((40,), "float32", 1e25)
-    wrong, _ = optax.clip_by_global_norm(2.0).update({"x": huge}, EMPTY)
+    wrong, _ = optax.clip_by_global_norm(2.0).update({"x": jnp.asarray(huge)}, EMPTY)
     assert not optax.tree.norm(wrong) > 1.9
     assert abs(np.linalg.norm(np.asarray(clipped(jnp.asarray(huge), 2.0))) - 2) < 1e-6
 
