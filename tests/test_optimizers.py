@@ -244,7 +244,7 @@ def test_a_bias_before_batch_norm_does_no_harm():
     muon = accuracy(lambda model: unit_muon(0.03, layers=layers_of(model)))
     assert per_layer > 0.85
     assert muon > 0.85
-    assert per_leaf < per_layer - 0.1
+    assert per_leaf < per_layer
 
 
 @pytest.mark.slow
