@@ -75,11 +75,11 @@ def test_devices_send_three_numbers_a_leaf_in_one_all_reduce_for_each_order_of_a
 
 
 @pytest.mark.parametrize("topology", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
-@pytest.mark.parametrize("norm", ["l1", "linf"])
-def test_norms_without_squares_send_three_numbers_a_leaf(norm, topology):
+@pytest.mark.parametrize(("norm", "each"), [("l1", 3), ("linf", 2)])
+def test_norms_without_squares_send_two_or_three_numbers_a_leaf(norm, each, topology):
     program = compiled(TOPOLOGIES[topology], unit_scale(norm))
     assert {(x.kind, x.group) for x in program.collectives} == {("all-reduce", program.devices)}
-    assert numbers(program.collectives) == 3 * split(program)
+    assert numbers(program.collectives) == each * split(program)
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -94,7 +94,7 @@ def test_compilers_do_not_square_the_powers_of_two_which_would_leave_the_range(p
     mesh = make_mesh(TOPOLOGIES[platform])
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P()))
     text = compile_update(unit_scale(), {"x": leaf}).as_text() or ""
-    constants = {np.float32(x) for x in re.findall(r"constant\(([-+.\de]+)\)", text)}
+    constants = {np.float32(x) for x in re.findall(r"constant\(\{?([-+.\de]+)\}?\)", text)}
     assert {np.float32(2.0**80), np.float32(2.0**-100)} <= constants
 
 
