@@ -31,6 +31,10 @@ class Reduction(NamedTuple):
     axes: tuple[int, ...]
     mesh_axes: tuple[Hashable, ...] | None
 
+    def kept(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Of one value for each axis, such as a shape, those of the axes that are kept."""
+        return tuple(value for axis, value in enumerate(values) if axis not in self.axes)
+
 
 class Norm(NamedTuple):
     """The norm `value / root**2`. `root**2` is the scale that elements were multiplied by.

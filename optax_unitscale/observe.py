@@ -290,14 +290,8 @@ def _layout_of(plan: Plan, params: Any) -> Layout:
 
 def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout:
     check_names(caller, groups)
-    firsts = [(g.name, leaves[g.leaves[0]].shape, g.over[0].axes) for g in groups]
     # In the order of names, for the order of groups depends on which leaves have a gradient.
-    return tuple(
-        sorted(
-            (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
-            for name, shape, reduced in firsts
-        )
-    )
+    return tuple(sorted((g.name, g.over[0].kept(leaves[g.leaves[0]].shape)) for g in groups))
 
 
 def _length(layout: Layout) -> int:
