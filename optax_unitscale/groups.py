@@ -135,8 +135,8 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], tuple[Group, ...]]:
       ValueError: labels, axes or kept axes do not fit the updates.
     """
     flat = gradients(plan.caller, updates)
-    where = [i for i, (_, x) in enumerate(flat) if not is_float0(x) and x.size != 0]
-    leaves = [flat[i] for i in where]
+    indices = [i for i, (_, x) in enumerate(flat) if not is_float0(x) and x.size != 0]
+    leaves = [flat[i] for i in indices]
     labels = _labels(plan, updates, [path for path, _ in leaves])
     over = _reductions(plan, updates, leaves)
     members: dict[Hashable, list[int]] = {}
@@ -145,7 +145,7 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], tuple[Group, ...]]:
         first = members[label][0]
         _check_kept(plan.caller, (*leaves[i], over[i]), (*leaves[first], over[first]))
     return [x for _, x in flat], tuple(
-        Group(labels[own[0]][1], tuple(where[i] for i in own), tuple(over[i] for i in own))
+        Group(labels[own[0]][1], tuple(indices[i] for i in own), tuple(over[i] for i in own))
         for own in members.values()
     )
 

@@ -60,21 +60,21 @@ class Prefix:
         self._argument, self._hint = argument, hint
         flat = flatten(tree, is_leaf)
         self._paths = [path for path, _ in flat]
-        self._values = dict[Any, Any]()
+        self._values: dict[str | tuple[str, ...], Any] = {}
         for path, value in flat:
-            self._values |= {path.name: value, path.names: value}
+            self._values[path.name] = self._values[path.names] = value
 
     def broadcast(self, caller: str, updates: Any, paths: Iterable[Path]) -> list[Any]:
         """The value for each of some leaves of the updates: the nearest, at the leaf or above."""
         self._check_entries(caller, updates)
         values = []
         for path in paths:
-            nearest = next((names for names in _names_above(path) if names in self._values), None)
+            nearest = next((key for key in _lookups(path) if key in self._values), None)
             if nearest is None:
                 raise ValueError(
                     f"{caller}: {self._argument} has no entry for {show(path)}, expected a pytree "
-                    f"prefix of the updates, got entries at "
-                    f"{some(p.name for p in self._paths)}. Add the entry.{self._hint}"
+                    f"prefix of the updates, got entries at {some(p.name for p in self._paths)}. "
+                    f"Add the entry.{self._hint}"
                 )
             values.append(self._values[nearest])
         return values
@@ -82,22 +82,22 @@ class Prefix:
     def _check_entries(self, caller: str, updates: Any) -> None:
         """Refuses an entry that stands for nothing in the updates: most likely it is misspelt."""
         leaves = [path for path, _ in flatten(updates, is_childless)]
-        at_or_above = {names for path in leaves for names in _names_above(path)}
-        at = {names for path in leaves for names in (path.name, path.names)}
+        at = {key for path in leaves for key in (path.name, path.names)}
+        at_or_above = {key for path in leaves for key in _lookups(path)}
         for path in self._paths:
-            is_above = not at_or_above.isdisjoint((path.name, path.names))
-            is_below = not at.isdisjoint(_names_above(path))  # Below what optax.masked left out.
-            if not is_above and not is_below:
+            # It may stand for leaves that optax.masked left out, or for a part of them.
+            is_used = not at_or_above.isdisjoint((path.name, path.names))
+            if not is_used and at.isdisjoint(_lookups(path)):
                 raise ValueError(
                     f"{caller}: {self._argument} has an entry at {path.name!r}, where the updates "
                     f"have none. They have {some(p.name for p in leaves)}.{self._hint}"
                 )
 
 
-def _names_above(path: Path) -> Iterator[tuple[str, ...] | str]:
-    """What a leaf and the subtrees that it is in may be in a prefix, nearest first.
+def _lookups(path: Path) -> Iterator[str | tuple[str, ...]]:
+    """What to look a leaf up by: its own name, then those of the subtrees that it is in.
 
-    Each is one name, the key of a flat dict, or the names of nested keys.
+    In a flat prefix a name is one string, in a nested one it is several.
     """
     names = path.names
     yield from (path.name, names)

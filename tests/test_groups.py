@@ -285,6 +285,30 @@ def test_the_nearest_entry_counts_in_whichever_spelling():
     assert set(gradient_norms(tree, scope={"dense": "x", "dense/kernel": "y"})) == {"x", "y"}
 
 
+def test_entries_stand_for_part_of_a_name_and_for_the_subtree_of_that_name_first():
+    tree = {"mlp/~/linear": {"w": sample(2, 3)}, "mlp": {"~": sample(2, 4)}, "head": sample(5)}
+    for labels in ({"mlp": "m", "head": "h"}, {"mlp/~": "m", "head": "h"}):
+        assert list(gradient_norms(tree, scope=labels)) == ["h", "m"]
+    axis = {"mlp/~/linear": None, "mlp/~/linear/w": 0, "mlp": None, "head": None}
+    norms = gradient_norms(tree, axis=axis)
+    assert [norm.shape for norm in norms.values()] == [(), (), (3,)]
+    nested = {"a/b": {"w": sample(2)}, "a": {"b": {"v": sample(3)}}}
+    norms = gradient_norms(nested, "linf", scope={"a/b": "x", "a": {"b": "y"}})
+    expected = {"x": nested["a/b"]["w"], "y": nested["a"]["b"]["v"]}
+    check_same(norms, {name: np.abs(x).max() for name, x in expected.items()})
+
+
+def test_leaves_without_elements_and_masked_ones_need_no_entry_and_keep_their_names():
+    x, left_out = jnp.array([3.0, 4.0]), optax.MaskedNode()
+    tree = {"x": x, "empty": jnp.zeros((0, 2)), "count": np.zeros(3, jax.dtypes.float0)}
+    check_same(gradient_norms(tree, scope={"x": "label"}), {"label": np.float32(5)})
+    check_same(gradient_norms(tree, axis={"x": 0}), {"x": np.float32(5)})
+    masked = {"blocks": {"kernel": left_out, "bias": left_out}}
+    for tree in ({**masked, "head": x}, masked):
+        norms = gradient_norms(tree, axis=stacked("blocks/kernel"))
+        check_same(norms, {"head": np.float32(5)} if "head" in tree else {})
+
+
 def test_a_model_of_nones_is_a_tree_of_axes_and_quoted_names_are_labels():
     model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     check_same(scaled(model, axis=jax.tree.map(lambda x: None, model)), scaled(model))
