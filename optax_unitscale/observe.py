@@ -243,7 +243,7 @@ def _norms(leaves: list[Any], *, norm: str, groups: tuple[Group, ...]) -> dict[s
 
 @functools.partial(jax.jit, static_argnames=("norm", "over"))
 def _rounded(leaves: list[jax.Array], *, norm: str, over: tuple[Reduction, ...]) -> jax.Array:
-    """Groups that are alike are traced once."""
+    """The norm of a group in float32. Groups that are alike are traced once."""
     value, root = norm_of(norm, over, leaves)
     return (value / root / root).astype(jnp.float32)
 
@@ -280,7 +280,7 @@ def _is_state(x: Any) -> bool:
 
 
 def _layout_of(plan: Plan, params: Any) -> Layout:
-    """That of the parameters' gradients, which for integers are None or hold nothing."""
+    """The layout of the norms of the parameters' gradients; integers have no gradient."""
     params = jax.tree.map(
         lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, params
     )

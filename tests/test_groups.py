@@ -193,8 +193,8 @@ def test_a_neurons_kernel_row_and_bias_share_a_norm(axis):
 
 def test_masked_leaves_need_neither_labels_nor_axes_and_may_have_them():
     tree = {"a": jnp.array([3.0, 4.0]), "b": optax.MaskedNode(), "c": None}
-    for labels in ({"a": "x"}, {"a": "x", "b": "y", "c": "y"}):
-        result = scaled(tree, scope=labels, axis=dict.fromkeys(labels, -1))
+    for labels in ({"a": "x"}, {"a": "x", "b": "y", "c": "y"}, {"a": "x", "b": {"kernel": "y"}}):
+        result = scaled(tree, scope=labels, axis=jax.tree.map(lambda _: -1, labels))
         check_same(result, tree | {"a": np.array([0.6, 0.8])})
 
 
@@ -257,6 +257,7 @@ def test_leaves_of_one_module_share_a_norm_in_scope_layer():
     assert set(gradient_norms(TREE, scope="layer")) == {"updates", "layer"}
     norms = gradient_norms(nnx.state(NNXModel(), nnx.Param), scope="layer")
     assert list(norms) == ["dense"]
+    assert list(gradient_norms([sample(2, 3)], scope="layer")) == ["updates"]
     stack = {"blocks": {"kernel": sample(2, 3, 4), "bias": sample(2, 4)}, "head": {"w": sample(3)}}
     norms = gradient_norms(stack, scope="layer", axis=stacked("blocks/**"))
     assert {name: norm.shape for name, norm in norms.items()} == {"blocks": (2,), "head": ()}
@@ -312,6 +313,7 @@ def test_leaves_without_elements_and_masked_ones_need_no_entry_and_keep_their_na
 def test_a_model_of_nones_is_a_tree_of_axes_and_quoted_names_are_labels():
     model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     check_same(scaled(model, axis=jax.tree.map(lambda x: None, model)), scaled(model))
-    tree = {"a/b": {"w": sample(2)}, "a": {"b": {"w": sample(3)}}}
-    names = list(gradient_norms(tree))
-    assert list(gradient_norms(tree, scope={name: name for name in names})) == names
+    x = sample(2)
+    for tree in ({"a/b": x, "a": {"b": x}}, {"a/b": {"w": x}, "a": {"b": {"w": x}}}):
+        names = list(gradient_norms(tree))
+        assert list(gradient_norms(tree, scope={name: name for name in names})) == names
