@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import SequenceKey
+from jax.tree_util import SequenceKey, all_leaves
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from optax_unitscale.mesh import partitions, reduced_as, without_reduced
@@ -184,7 +184,7 @@ def _read_scope(caller: str, scope: Any, may_be_one: bool = False) -> str | Pref
     """One of `SCOPES`, or labels; one label for a whole tree only if it `may_be_one`."""
     if isinstance(scope, str) and scope in SCOPES:
         return scope
-    if is_childless(scope) and not may_be_one:
+    if (scope is None or all_leaves([scope])) and not may_be_one:
         # A misspelt scope, or what a wrapper made of the user's function by calling it.
         raise ValueError(
             f"{caller}: scope is {scope!r}, expected {', '.join(map(repr, SCOPES))}, a pytree of "
