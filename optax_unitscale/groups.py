@@ -201,14 +201,15 @@ def _reductions(plan: Plan, updates: Any, leaves: list[tuple[Path, jax.Array]]) 
     else:
         every = [plan.axis(path.name, x) for path, x in leaves]
     if isinstance(plan.axis, Stacked):
+        # The pattern may be for leaves that optax.masked left out.
         names = [path.name for path, _ in flatten(updates, is_childless)]
         check_patterns(plan.caller, "stacked", [plan.axis.pattern], names)
     over = []
     for (path, x), axes in zip(leaves, every, strict=True):
-        names = plan.axis_name(path.name, x) if callable(plan.axis_name) else plan.axis_name
-        if names is not None:
-            names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
-        over.append(Reduction(_read_axes(plan.caller, path, x, axes), names))
+        mesh_axes = plan.axis_name(path.name, x) if callable(plan.axis_name) else plan.axis_name
+        if mesh_axes is not None:
+            mesh_axes = tuple(mesh_axes) if isinstance(mesh_axes, (tuple, list)) else (mesh_axes,)
+        over.append(Reduction(_read_axes(plan.caller, path, x, axes), mesh_axes))
     return over
 
 
