@@ -1,12 +1,12 @@
 """Unit scale for Optax: gradients, steps and parameters of the norm that you chose."""
 
 from optax_unitscale.clip import clip_norm
-from optax_unitscale.groups import stacked
 from optax_unitscale.history import norm_ratios
 from optax_unitscale.layers import Kernel, Layer, Layers, layers_of
 from optax_unitscale.observe import gradient_norms, record_norms, recorded_norms
 from optax_unitscale.optimizers import unit_muon, unit_sgd
 from optax_unitscale.orthogonal import orthogonalize
+from optax_unitscale.overrides import stacked
 from optax_unitscale.parameters import keep_norm
 from optax_unitscale.plot import norms_table, plot_norms
 from optax_unitscale.ratios import step_ratios

@@ -68,12 +68,12 @@ def clip_norm(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        return map_groups(_within, plan, updates, limit), state
+        return map_groups(_clipped, plan, updates, limit), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _within(
+def _clipped(
     leaves: list[jax.Array],
     limit: jax.typing.ArrayLike,
     norm: str,
@@ -84,7 +84,8 @@ def _within(
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
     value = jnp.where(jnp.isinf(value), jnp.nan, value)
     is_within = value <= jnp.asarray(limit).astype(value.dtype) * root * root
-    # Leaves within the limit are divided by 1: what is not used needs finite derivatives.
+    # A group within the limit stays as it is. Its quotient, which is not used, is by 1: jnp.where
+    # has a finite derivative only where both of its values have one.
     one = jnp.ones_like(root)
     by = Norm(jnp.where(is_within, one, value), jnp.where(is_within, one, root))
     clipped = []

@@ -1,8 +1,6 @@
 """Which gradient elements share a norm: scope, axis and labels."""
 
-import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -10,26 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import SequenceKey, all_leaves
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from optax_unitscale.mesh import partitions, reduced_as, without_reduced
 from optax_unitscale.norms import Reduction
+from optax_unitscale.overrides import Stacked, check_patterns
 from optax_unitscale.paths import (
     Path,
     Prefix,
-    check_dtype,
+    flatten,
     gradients,
+    is_childless,
     is_float0,
-    is_one_leaf,
     is_tree,
     join,
-    matches,
-    places,
     show,
-    some,
 )
 
-__all__ = ["Group", "Plan", "assign", "check_scalar", "make_plan", "map_groups", "stacked"]
+__all__ = ["Group", "Plan", "assign", "check_scalar", "make_plan", "map_groups"]
 
 NORMS = ("l2", "rms", "l1", "linf")
 SCOPES = ("leaf", "layer", "global")
@@ -51,34 +48,32 @@ class Plan(NamedTuple):
 
     caller: str
     norm: str
-    scope: str | Callable[..., Any] | Prefix
-    axis: Callable[..., Any] | Prefix
-    axis_name: tuple[Hashable, ...] | Callable[..., Any] | None
+    scope: str | Prefix | Callable[..., Any]
+    axis: Prefix | Callable[..., Any]
+    axis_name: Any
 
 
 def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> Plan:
     """Checks the arguments that the transformations have in common."""
     if norm not in NORMS:
         raise ValueError(f"{caller}: norm is {norm!r}, expected one of {', '.join(NORMS)}.")
-    if isinstance(scope, str) or scope is None or (is_one_leaf(scope) and not callable(scope)):
-        _check_scope(caller, scope)
-    labels: Any = Prefix(scope) if not isinstance(scope, str) and is_tree(scope) else scope
+    if is_tree(scope):
+        scope = _read_scope(caller, scope)
     if isinstance(axis, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{caller}: axis is an array, expected static integers. {_name_as_static('axis')}"
+            f"{caller}: axis is an array, expected static integers. Under optax.inject_hyperparams "
+            "name it in static_args=('axis',)."
         )
     if is_tree(axis):
-        axis = Prefix(axis, is_leaf=_is_axes)
-    if axis_name is not None and not callable(axis_name):
-        axis_name = _as_names(axis_name)
-    return Plan(caller, norm, labels, axis, axis_name)
+        hint = " One leaf has None for all axes, an int or a tuple; a list is for several leaves."
+        axis = Prefix("axis", axis, _is_axes, hint)
+    return Plan(caller, norm, scope, axis, axis_name)
 
 
 def check_scalar(caller: str, argument: str, value: Any) -> jax.typing.ArrayLike:
     """A scalar argument in [0, ∞): a float, or an array of JAX's as it is."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        # NumPy would hold a large one as an object. An int beyond float64 is out of range.
-        value = float(value) if value.bit_length() < 1024 else np.inf
+    if type(value) is int:  # NumPy would hold a large one as an object.
+        value = float(value)
     dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         cure = " A schedule goes through optax.inject_hyperparams." * callable(value)
@@ -88,22 +83,17 @@ def check_scalar(caller: str, argument: str, value: Any) -> jax.typing.ArrayLike
     if isinstance(value, Tracer):
         return value
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    # In float64: a narrower dtype may not hold the bounds.
-    if not 0 <= np.asarray(value, np.float64) <= largest:
+    if not 0 <= float(value) <= largest:
         raise ValueError(f"{caller}: {argument} is {value}, expected 0 to {largest:.2g}.")
-    return value if isinstance(value, jax.Array) else float(np.asarray(value))
+    return value if isinstance(value, jax.Array) else float(value)
 
 
 def map_groups(
     rule: Callable[..., list[jax.Array]], plan: Plan, updates: Any, scalar: jax.typing.ArrayLike
 ) -> Any:
     """The updates with `rule(leaves, scalar, norm, over)` in the place of each group's leaves."""
-    given, groups = assign(plan, updates)
-    leaves = [x if is_float0(x) else without_reduced(x) for x in given]
+    leaves, groups = assign(plan, updates)
     mapped = _map(leaves, scalar, rule=rule, norm=plan.norm, groups=groups)
-    for group in groups:
-        for i in group.leaves:
-            mapped[i] = reduced_as(given[i], mapped[i])
     return jax.tree.unflatten(jax.tree.structure(updates), mapped)
 
 
@@ -120,9 +110,10 @@ def _map(
     rule = jax.jit(rule, static_argnums=(2, 3))
     mapped = list(leaves)
     for group in groups:
-        results = rule([leaves[i] for i in group.leaves], scalar, norm, group.over)
+        plain = [without_reduced(leaves[i]) for i in group.leaves]
+        results = rule(plain, scalar, norm, group.over)
         for i, x in zip(group.leaves, results, strict=True):
-            mapped[i] = x
+            mapped[i] = reduced_as(leaves[i], x)
     return mapped
 
 
@@ -143,90 +134,89 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], tuple[Group, ...]]:
       TypeError: a leaf is neither floating nor complex.
       ValueError: labels, axes or kept axes do not fit the updates.
     """
-    flat = gradients(updates)
-    for path, x in flat:
-        check_dtype(plan.caller, path, x)
-    if isinstance(plan.axis, (Prefix, _Stacked)):
-        plan.axis.check_fit(plan.caller, "axis", updates)
-    labels, names = _labels(plan, updates, [path for path, _ in flat])
-    groups: dict[Any, list[tuple[int, Reduction]]] = {}
-    firsts: dict[Any, tuple[Path, jax.Array, tuple[int, ...]]] = {}
-    for index, ((path, x), label) in enumerate(zip(flat, labels, strict=True)):
-        if is_float0(x) or x.size == 0:
-            continue
-        axes = _axes(plan, path, x)
-        _check_kept(plan.caller, (path, x, axes), firsts.setdefault(label, (path, x, axes)))
-        mesh_axes = plan.axis_name
-        if callable(mesh_axes):
-            mesh_axes = mesh_axes(path.name, x)
-            mesh_axes = mesh_axes if mesh_axes is None else _as_names(mesh_axes)
-        groups.setdefault(label, []).append((index, Reduction(axes, mesh_axes)))
+    flat = gradients(plan.caller, updates)
+    indices = [i for i, (_, x) in enumerate(flat) if not is_float0(x) and x.size != 0]
+    leaves = [flat[i] for i in indices]
+    labels = _labels(plan, updates, [path for path, _ in leaves])
+    over = _reductions(plan, updates, leaves)
+    members: dict[Hashable, list[int]] = {}
+    for i, (label, _) in enumerate(labels):
+        members.setdefault(label, []).append(i)
+        first = members[label][0]
+        _check_kept(plan.caller, (*leaves[i], over[i]), (*leaves[first], over[first]))
     return [x for _, x in flat], tuple(
-        Group(names[label], *map(tuple, zip(*members, strict=True)))
-        for label, members in groups.items()
+        Group(labels[own[0]][1], tuple(indices[i] for i in own), tuple(over[i] for i in own))
+        for own in members.values()
     )
 
 
-def _labels(plan: Plan, updates: Any, paths: list[Path]) -> tuple[list[Any], dict[Any, str]]:
-    """A label for each leaf, and the name of the group that each label stands for."""
-    scope: Any = plan.scope
-    if not isinstance(scope, (str, Prefix)):
-        scope = scope(updates)
-        if not isinstance(scope, str) and is_one_leaf(scope) and not is_one_leaf(updates):
-            _check_scope(plan.caller, scope)
-        if not isinstance(scope, str) or scope not in SCOPES:
-            scope = Prefix(scope)
+def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable, str]]:
+    """For each leaf the label of its group, and the group's name."""
+    scope = plan.scope
+    if callable(scope):
+        made = scope(updates)
+        may_be_one = isinstance(made, str) or is_childless(updates)
+        scope = _read_scope(plan.caller, made, may_be_one)
     if isinstance(scope, Prefix):
-        return _labels_by_user(plan.caller, scope, updates, paths)
+        labels = scope.broadcast(plan.caller, updates, paths)
+        for path, label in zip(paths, labels, strict=True):
+            if not isinstance(label, Hashable):
+                raise TypeError(
+                    f"{plan.caller}: scope gives {show(path)} the label {label!r} of type "
+                    f"{type(label).__name__}, expected something hashable, such as a string."
+                )
+        return [(label, str(label)) for label in labels]
     if scope == "leaf":
-        return list(range(len(paths))), {i: path.name for i, path in enumerate(paths)}
+        return [(i, path.name) for i, path in enumerate(paths)]
     if scope == "global":
-        return ["global"] * len(paths), {"global": "global"}
-    if len(paths) > 1 and any(len(path.names) == 1 and path.is_item for path in paths):
+        return [("global", "global") for _ in paths]
+    is_item = [len(path.keys) == 1 and isinstance(path.keys[0], SequenceKey) for path in paths]
+    if any(is_item) and len(paths) > 1:
         raise ValueError(
             f"{plan.caller}: scope is 'layer', but the updates are a list of arrays, which no name "
             "assigns to layers. Give labels, such as scope=['dense', 'dense', 'head', 'head'], or "
             "use scope='leaf'."
         )
-    layers = [path.names[:-1] for path in paths]
-    return layers, {layer: join(layer) for layer in layers}
+    return [(path.names[:-1], join(path.names[:-1])) for path in paths]
 
 
-def _labels_by_user(
-    caller: str, scope: Prefix, updates: Any, paths: list[Path]
-) -> tuple[list[Any], dict[Any, str]]:
-    scope.check_fit(caller, "scope", updates)
-    labels = []
-    for path in paths:
-        is_found, label = scope.find(path)
-        if not is_found:
-            raise ValueError(
-                f"{caller}: scope has no label for {show(path)}, expected a pytree prefix "
-                f"of the updates, got labels at {some(join(names) for names, _ in scope.entries)}. "
-                "Add the label."
-            )
-        if not isinstance(label, Hashable):
-            raise TypeError(
-                f"{caller}: scope gives {show(path)} the label {label!r} of type "
-                f"{type(label).__name__}, expected something hashable, such as a string."
-            )
-        labels.append(label)
-    return labels, {label: str(label) for label in labels}
+def _read_scope(caller: str, scope: Any, may_be_one: bool = False) -> str | Prefix:
+    """One of `SCOPES`, or labels; one label for a whole tree only if it `may_be_one`."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return scope
+    if (scope is None or all_leaves([scope])) and not may_be_one:
+        # A misspelt scope, or what a wrapper made of the user's function by calling it.
+        raise ValueError(
+            f"{caller}: scope is {scope!r}, expected {', '.join(map(repr, SCOPES))}, a pytree of "
+            "labels, or a callable that returns one. Under optax.inject_hyperparams name it in "
+            "static_args=('scope',)."
+        )
+    return Prefix("scope", scope)
 
 
-def _axes(plan: Plan, path: Path, x: jax.Array) -> tuple[int, ...]:
+def _reductions(plan: Plan, updates: Any, leaves: list[tuple[Path, jax.Array]]) -> list[Reduction]:
+    """What the norm of each leaf runs over."""
     if isinstance(plan.axis, Prefix):
-        is_found, axes = plan.axis.find(path)
-        if not is_found:
-            raise ValueError(
-                f"{plan.caller}: axis has no entry for {show(path)}, expected a pytree prefix of "
-                "the updates. Add the entry; None stands for all axes."
-            )
+        every = plan.axis.broadcast(plan.caller, updates, [path for path, _ in leaves])
     else:
-        axes = plan.axis(path.name, x)
+        every = [plan.axis(path.name, x) for path, x in leaves]
+    if isinstance(plan.axis, Stacked):
+        # The pattern may be for leaves that optax.masked left out.
+        names = [path.name for path, _ in flatten(updates, is_childless)]
+        check_patterns(plan.caller, "stacked", [plan.axis.pattern], names)
+    over = []
+    for (path, x), axes in zip(leaves, every, strict=True):
+        mesh_axes = plan.axis_name(path.name, x) if callable(plan.axis_name) else plan.axis_name
+        if mesh_axes is not None:
+            mesh_axes = tuple(mesh_axes) if isinstance(mesh_axes, (tuple, list)) else (mesh_axes,)
+        over.append(Reduction(_read_axes(plan.caller, path, x, axes), mesh_axes))
+    return over
+
+
+def _read_axes(caller: str, path: Path, x: jax.Array, axes: Any) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(x.ndim))
-    where = f"{plan.caller}: axis gives {axes!r} for {show(path)} of shape {x.shape}"
+    where = f"{caller}: axis gives {axes!r} for {show(path)} of shape {x.shape}"
     if not _is_axes(axes):
         raise TypeError(f"{where}, expected None, an int, or a tuple of ints.")
     try:
@@ -244,32 +234,14 @@ def _is_axes(value: Any) -> bool:
     return all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in members)
 
 
-def _check_scope(caller: str, scope: Any) -> None:
-    """Refuses one value for a whole tree: most likely a wrapper called the user's function."""
-    if not isinstance(scope, str) or scope not in SCOPES:
-        raise ValueError(
-            f"{caller}: scope is {scope!r}, expected {', '.join(map(repr, SCOPES))}, a pytree of "
-            f"labels, or a callable that returns one. {_name_as_static('scope')}"
-        )
-
-
-def _name_as_static(argument: str) -> str:
-    return f"Under optax.inject_hyperparams name it in static_args=({argument!r},)."
-
-
-def _as_names(names: Any) -> tuple[Hashable, ...]:
-    return tuple(names) if isinstance(names, (tuple, list)) else (names,)
-
-
 def _check_kept(
-    caller: str,
-    member: tuple[Path, jax.Array, tuple[int, ...]],
-    first: tuple[Path, jax.Array, tuple[int, ...]],
+    caller: str, member: tuple[Path, jax.Array, Reduction], first: tuple[Path, jax.Array, Reduction]
 ) -> None:
     """Leaves that share a norm must keep axes of one shape, split alike if meshes are explicit."""
-    (path, x, axes), (first_path, first_x, first_axes) = member, first
-    shape, first_shape = _kept(x.shape, axes), _kept(first_x.shape, first_axes)
-    split, first_split = (_kept(partitions(caller, *m[:2]), m[2]) for m in (member, first))
+    (path, x, over), (first_path, first_x, first_over) = member, first
+    shape, first_shape = over.kept(x.shape), first_over.kept(first_x.shape)
+    split = over.kept(partitions(caller, path, x))
+    first_split = first_over.kept(partitions(caller, first_path, first_x))
     if shape != first_shape:
         raise ValueError(
             f"{caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
@@ -282,62 +254,3 @@ def _check_kept(
             f"{show(first_path)} of the same group over {first_split}. Leaves that share a norm "
             "must be split alike there: use jax.sharding.reshard, or give them different labels."
         )
-
-
-def _kept(values: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(value for i, value in enumerate(values) if i not in axes)
-
-
-def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int, ...] | None]:
-    """Axes for layers that are stacked: a value for `axis` of `unit_scale` and the others.
-
-    Each layer of a stack then has its own norm, and every other leaf one norm.
-
-    Args:
-      pattern: names the stacked leaves: ``"blocks/**"`` is all below "blocks". ``*`` stands for
-        anything within one name, ``**`` for any number of names.
-      axis: the axis along which layers are stacked; MaxText's is 1.
-
-    Returns:
-      A callable from a leaf's path and the leaf to the axes of its norm: all but `axis` where the
-      pattern matches, else None. It is an error if the pattern matches no leaf of the updates.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_unitscale import gradient_norms, stacked
-      >>> gradients = {"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": jnp.ones((3, 3))}
-      >>> norms = gradient_norms(gradients, axis=stacked("blocks/**"))
-      >>> {name: norm.tolist() for name, norm in norms.items()}
-      {'blocks/kernel': [3.0, 3.0], 'head': 3.0}
-    """
-    return _Stacked(pattern, operator.index(axis))
-
-
-# No named tuple, which would be read as a tree of axes.
-@dataclasses.dataclass(frozen=True)
-class _Stacked:
-    pattern: str
-    axis: int
-
-    def __call__(self, path: Any, x: Any = None) -> tuple[int, ...] | None:
-        if not isinstance(path, str):
-            raise TypeError(
-                f"stacked: called with {path!r}, expected a leaf's path and the leaf. "
-                f"{_name_as_static('axis')}"
-            )
-        if not matches(self.pattern, path):
-            return None
-        if not -x.ndim <= self.axis < x.ndim:
-            raise ValueError(
-                f"stacked: {path!r} of shape {x.shape} has no axis {self.axis}. Change the pattern "
-                f"{self.pattern!r}, or the axis."
-            )
-        return tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
-
-    def check_fit(self, caller: str, argument: str, updates: Any) -> None:
-        found = places(updates)
-        if found and not any(matches(self.pattern, name) for name in found):
-            raise ValueError(
-                f"{caller}: {argument} is stacked({self.pattern!r}), which matches no leaf of the "
-                f"updates. They have {some(found)}."
-            )

@@ -19,7 +19,7 @@ from optax_unitscale.overrides import (
     override_of,
     stacked_axes,
 )
-from optax_unitscale.paths import Path, flatten, places, some
+from optax_unitscale.paths import Path, flatten, is_childless, some
 from optax_unitscale.unknown import explain
 
 __all__ = ["Kernel", "Layer", "Layers", "layers_in", "layers_of"]
@@ -220,7 +220,8 @@ def _find(
     leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
     if overrides:
-        check_patterns(caller, "overrides", overrides, places(parameters))
+        names = [path.name for path, _ in flatten(parameters, is_childless)]
+        check_patterns(caller, "overrides", overrides, names)
     stacks = stacked_axes(caller, stacked, shapes)
     single = {name: _without(shape, stacks[name]) for name, shape in shapes.items()}
     modules = {path.name: modules_around(path) for path, _ in leaves}

@@ -4,8 +4,8 @@ A float32 sum of n squares holds norms from about sqrt(n) * 2**-51 to 2**60. Out
 sum is taken of the elements times a power of two. There are three ways to the same number (a
 maximum needs none of them, but for complex numbers):
 
-- On GPU and TPU, one pass takes the sum at three scales (Blue 1978), which is free: it waits for
-  memory.
+- On GPU and TPU, one pass takes the sum at three scales (Blue 1978). The pass waits for memory
+  anyway, so the two more sums are free.
 - On CPU, one pass takes the plain sum, and a second pass runs only if the first left the range.
 - float64 holds every square of a narrower dtype. It is used on CPU for groups of small leaves,
   where it beats a branch, and on GPU for groups with a leaf that keeps its last axis.
@@ -31,6 +31,10 @@ class Reduction(NamedTuple):
 
     axes: tuple[int, ...]
     mesh_axes: tuple[Hashable, ...] | None
+
+    def kept(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Of one value for each axis, such as a shape, those of the axes that are kept."""
+        return tuple(value for axis, value in enumerate(values) if axis not in self.axes)
 
 
 class Norm(NamedTuple):
@@ -84,7 +88,7 @@ def divide(
     """
     factor = None
     if times is not None:
-        norm, factor = _over_large(norm, jnp.asarray(times).astype(norm.value.dtype))
+        norm, factor = _absorb_large(norm, jnp.asarray(times).astype(norm.value.dtype))
         factor = lax.expand_dims(factor, axes) if factor.ndim else factor
     value, root = (lax.expand_dims(y, axes) for y in norm)
     parts = [_quotient(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
@@ -93,8 +97,8 @@ def divide(
     return _complex_of(parts).astype(x.dtype)
 
 
-def _over_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
-    """The norm over the factor where that is above 1, and the factor where it is below.
+def _absorb_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
+    """Divides the norm by a factor above 1, and returns what is left of the factor: at most 1.
 
     A quotient by the norm itself can be 0 where its product with a large factor is not.
     """
@@ -109,7 +113,7 @@ def _over_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
 def _quotient(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
     is_zero = value == 0
     divisor = jnp.where(is_zero, jnp.ones_like(value), value)
-    if x.size == value.size:  # As many norms as numbers: x * (1 / |x|) need not be 1 exactly.
+    if x.size == value.size:  # Each element has its own norm. x * (1 / |x|) need not be exactly 1.
         return jnp.where(is_zero, 0 * x, x * root / _opaque(divisor / root))
     return x * root * jnp.where(is_zero, 0 * divisor, root / divisor)
 
@@ -188,19 +192,19 @@ def _scaled_norm(
     over_devices, over_leaves = (lax.pmax, jnp.max) if kind == "linf" else (lax.psum, jnp.sum)
     sums = []
     for x, r in zip(leaves, over, strict=True):
-        at = _at_constant if isinstance(root, float) else _at_array
-        total = at(kind, x, r.axes, dtype, root)
+        sum_at = _sum_at_constant if isinstance(root, float) else _sum_at_array
+        total = sum_at(kind, x, r.axes, dtype, root)
         names = mesh_axes(x, r)
         sums.append(over_devices(total, names) if names else total)
     # Without the barrier thousands of leaves are slow to compile.
     total = over_leaves(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
-    if kind == "linf":
+    if kind == "linf":  # Of which `_sum` gives the bits.
         return lax.bitcast_convert_type(total, dtype)
     return jnp.sqrt(total) if kind == "l2" else total
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "axes", "dtype", "root"))
-def _at_constant(
+def _sum_at_constant(
     kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: float
 ) -> jax.Array:
     """The sum over one leaf times a known power of two."""
@@ -210,7 +214,7 @@ def _at_constant(
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "axes", "dtype"))
-def _at_array(
+def _sum_at_array(
     kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: jax.Array | None
 ) -> jax.Array:
     """The sum over one leaf as it is, or times an array of powers of two."""

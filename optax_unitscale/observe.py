@@ -243,7 +243,7 @@ def _norms(leaves: list[Any], *, norm: str, groups: tuple[Group, ...]) -> dict[s
 
 @functools.partial(jax.jit, static_argnames=("norm", "over"))
 def _rounded(leaves: list[jax.Array], *, norm: str, over: tuple[Reduction, ...]) -> jax.Array:
-    """Groups that are alike are traced once."""
+    """The norm of a group in float32. Groups that are alike are traced once."""
     value, root = norm_of(norm, over, leaves)
     return (value / root / root).astype(jnp.float32)
 
@@ -280,7 +280,7 @@ def _is_state(x: Any) -> bool:
 
 
 def _layout_of(plan: Plan, params: Any) -> Layout:
-    """That of the parameters' gradients, which for integers are None or hold nothing."""
+    """The layout of the norms of the parameters' gradients; integers have no gradient."""
     params = jax.tree.map(
         lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, params
     )
@@ -290,14 +290,8 @@ def _layout_of(plan: Plan, params: Any) -> Layout:
 
 def _layout(caller: str, leaves: list[Any], groups: tuple[Group, ...]) -> Layout:
     check_names(caller, groups)
-    firsts = [(g.name, leaves[g.leaves[0]].shape, g.over[0].axes) for g in groups]
     # In the order of names, for the order of groups depends on which leaves have a gradient.
-    return tuple(
-        sorted(
-            (name, tuple(n for axis, n in enumerate(shape) if axis not in reduced))
-            for name, shape, reduced in firsts
-        )
-    )
+    return tuple(sorted((g.name, g.over[0].kept(leaves[g.leaves[0]].shape)) for g in groups))
 
 
 def _length(layout: Layout) -> int:

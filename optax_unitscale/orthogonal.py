@@ -17,7 +17,7 @@ from optax_unitscale.coefficients import Steps, Triple, steps_of
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import partitions, reduced_as, varying_axes, without_reduced
 from optax_unitscale.norms import Norm, Reduction, divide, norm_of
-from optax_unitscale.paths import Path, check_dtype, gradients, show
+from optax_unitscale.paths import Path, gradients, show
 from optax_unitscale.spread import Stack, spread
 
 __all__ = ["orthogonalize"]
@@ -127,7 +127,7 @@ def orthogonalize(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        flat = gradients(updates)
+        flat = gradients("orthogonalize", updates)
         known = {p.keys: layer for p, _, layer in layers_in("orthogonalize", layers, updates)}
         kernels = [_kernel(path, x, known.get(path.keys)) for path, x in flat]
         plain = [without_reduced(x) if k else x for (_, x), k in zip(flat, kernels, strict=True)]
@@ -142,7 +142,6 @@ def orthogonalize(
 
 def _kernel(path: Path, x: jax.Array, layer: Layer | None) -> tuple[Layer, str] | None:
     """What a kernel is, and its name without numbers, if the leaf is one; its type is checked."""
-    check_dtype("orthogonalize", path, x)
     if layer is None or layer.kind != "kernel":
         return None
     partitions("orthogonalize", path, x)

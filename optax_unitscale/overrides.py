@@ -1,12 +1,28 @@
 """What users say of leaves, by patterns of their names: overrides and stacked layers."""
 
+import dataclasses
+import functools
 import operator
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from optax_unitscale.paths import matches, some
+import jax
 
-__all__ = ["Kernel", "Kind", "Shape", "as_ints", "check_patterns", "override_of", "stacked_axes"]
+from optax_unitscale.paths import some
+
+__all__ = [
+    "Kernel",
+    "Kind",
+    "Shape",
+    "Stacked",
+    "as_ints",
+    "check_patterns",
+    "matches",
+    "override_of",
+    "stacked",
+    "stacked_axes",
+]
 
 Shape = tuple[int, ...]
 
@@ -60,6 +76,56 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
     return Kernel(inputs, outputs, blocks)
 
 
+def stacked(pattern: str, axis: int = 0) -> Callable[[str, jax.Array], tuple[int, ...] | None]:
+    """Axes for layers that are stacked: a value for `axis` of `unit_scale` and the others.
+
+    Each layer of a stack then has its own norm, and every other leaf one norm.
+
+    Args:
+      pattern: names the stacked leaves: ``"blocks/**"`` is all below "blocks". ``*`` stands for
+        anything within one name, ``**`` for any number of names.
+      axis: the axis along which layers are stacked; MaxText's is 1.
+
+    Returns:
+      A callable from a leaf's path and the leaf to the axes of its norm: all but `axis` where the
+      pattern matches, else None. It is an error if the pattern matches no leaf of the updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_unitscale import gradient_norms, stacked
+      >>> gradients = {"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": jnp.ones((3, 3))}
+      >>> norms = gradient_norms(gradients, axis=stacked("blocks/**"))
+      >>> {name: norm.tolist() for name, norm in norms.items()}
+      {'blocks/kernel': [3.0, 3.0], 'head': 3.0}
+    """
+    return Stacked(pattern, operator.index(axis))
+
+
+# No named tuple, which would be read as a tree of axes.
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """What `stacked` returns."""
+
+    pattern: str
+    axis: int
+
+    def __call__(self, path: Any, x: Any = None) -> tuple[int, ...] | None:
+        """The axes of a leaf's norm."""
+        if not isinstance(path, str):
+            raise TypeError(
+                f"stacked: called with {path!r}, expected a leaf's path and the leaf. Under "
+                "optax.inject_hyperparams name it in static_args=('axis',)."
+            )
+        if not matches(self.pattern, path):
+            return None
+        if not -x.ndim <= self.axis < x.ndim:
+            raise ValueError(
+                f"stacked: {path!r} of shape {x.shape} has no axis {self.axis}. Change the pattern "
+                f"{self.pattern!r}, or the axis."
+            )
+        return tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
+
+
 def stacked_axes(
     caller: str, stacked: str | Mapping[str, int] | None, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[int, ...]]:
@@ -92,6 +158,18 @@ def check_patterns(
             f"{caller}: {argument} has {some(idle)}, which no leaf fits. There are {some(names)}; "
             "'*' stands for a part of one name, '**' for any number of names."
         )
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a leaf's name fits a pattern: `*` is within one name, `**` any number of names."""
+    return _pattern(glob).fullmatch(name) is not None
+
+
+@functools.cache
+def _pattern(glob: str) -> re.Pattern[str]:
+    marks = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*"}
+    parts = re.split(r"((?:^|(?<=/))\*\*/|/\*\*$|\*\*|\*)", glob)
+    return re.compile("".join(marks.get(part, re.escape(part)) for part in parts))
 
 
 def as_ints(axes: int | Iterable[int]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import reduced_as, varying_axes, without_reduced
 from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, norm_of
-from optax_unitscale.paths import flatten, places, some
+from optax_unitscale.paths import flatten, is_childless, some
 
 __all__ = ["KeepNormState", "keep_norm"]
 
@@ -169,7 +169,7 @@ def _find(
     found = {path.name: (x, layer) for path, x, layer in layers_in(plan.caller, layers, params)}
     if is_by_layer:
         plan = plan._replace(axis=lambda name, x: _axes(found[name][1]))
-    tree: dict[str, Any] = dict.fromkeys(places(params))
+    tree: dict[str, Any] = {path.name: None for path, _ in flatten(params, is_childless)}
     tree |= {name: x for name, (x, layer) in found.items() if layer.kind == "kernel"}
     arrays, groups = assign(plan, tree)
     by_name = {group.name: (arrays[group.leaves[0]], group.over[0]) for group in groups}
@@ -178,7 +178,7 @@ def _find(
     for name in names:
         x, over = by_name[name]
         layer = found[name][1]
-        kept = tuple(n for axis, n in enumerate(x.shape) if axis not in over.axes)
+        kept = over.kept(x.shape)
         blocks = layer.blocks if is_by_layer else 1
         if blocks > 1 and (split := mesh_axes(x, over)):
             raise ValueError(

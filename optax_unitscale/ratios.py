@@ -106,7 +106,7 @@ def _ratios(
 def _ratio(
     steps: list[jax.Array], values: list[jax.Array], *, norm: str, over: tuple[Reduction, ...]
 ) -> jax.Array:
-    """Groups that are alike are traced once."""
+    """The ratio of a group. Groups that are alike are traced once."""
     step, value = norm_of(norm, over, steps), norm_of(norm, over, values)
     dtype = jnp.result_type(step.value, value.value)
     of_step, of_value = step.value.astype(dtype), value.value.astype(dtype)

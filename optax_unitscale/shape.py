@@ -13,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.overrides import Kind, as_ints
-from optax_unitscale.paths import Path, Prefix, check_dtype, flatten, gradients, is_tree, join, show
+from optax_unitscale.paths import Path, Prefix, flatten, gradients, is_tree, show
 
 __all__ = ["scale_by_shape"]
 
@@ -25,9 +25,6 @@ RULES: dict[str, Callable[[int, int], float]] = {
     "consistent_rms": lambda fan_in, fan_out: 0.2 * math.sqrt(max(fan_in, fan_out)),
     "sign": lambda fan_in, _: 1 / fan_in,
 }
-
-# Input and output axes.
-Axes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def scale_by_shape(
@@ -121,10 +118,8 @@ def scale_by_shape(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        flat = gradients(updates)
-        for path, x in flat:
-            check_dtype(CALLER, path, x)
-        scaled = _multiply([x for _, x in flat], factors=factors_of(updates))
+        leaves = [x for _, x in gradients(CALLER, updates)]
+        scaled = _multiply(leaves, factors=factors_of(updates))
         return jax.tree.unflatten(jax.tree.structure(updates), scaled), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -146,15 +141,19 @@ def _factors(
     numbers = dimension_numbers
     if not isinstance(numbers, Prefix):
         numbers = _as_prefix(numbers(tree))
-    numbers.check_fit(CALLER, "dimension_numbers", tree)
     flat = flatten(tree)
-    said = {path.name: _layer_said(numbers, path, np.shape(x)) for path, x in flat}
-    known = {name: layer for name, layer in said.items() if layer}
+    paths = [path for path, _ in flat]
+    said = zip(flat, numbers.broadcast(CALLER, tree, paths), strict=True)
+    known = {
+        path.name: _layer_said(value, path, np.shape(x))
+        for (path, x), value in said
+        if value is not None and 0 not in np.shape(x)
+    }
     factors = {
         path.name: _factor(rule, path, x, layer)
         for path, x, layer in layers_in(CALLER, layers, tree, known)
     }
-    return tuple(factors.get(path.name) for path, _ in flat)
+    return tuple(factors.get(path.name) for path in paths)
 
 
 def _factor(rule: Callable[[int, int], float], path: Path, x: jax.Array, layer: Layer) -> float:
@@ -167,42 +166,32 @@ def _factor(rule: Callable[[int, int], float], path: Path, x: jax.Array, layer: 
     return rule(fan_in, fan_out)
 
 
-def _layer_said(numbers: Prefix, path: Path, shape: tuple[int, ...]) -> Layer | None:
+def _layer_said(numbers: Any, path: Path, shape: tuple[int, ...]) -> Layer:
     """What `dimension_numbers` say of a leaf."""
-    is_found, axes = numbers.find(path)
-    if not is_found:
-        raise ValueError(
-            f"{CALLER}: dimension_numbers has no entry for {show(path)}, expected a pytree prefix "
-            "of the updates. Add the entry; None stands for what layers says."
-        )
-    if axes is None or 0 in shape:
-        return None
+    where = f"{CALLER}: dimension_numbers gives {numbers!r} for {show(path)} of shape {shape}"
     try:
-        inputs, outputs = (normalize_axis_tuple(given, len(shape)) for given in axes)
+        if not isinstance(numbers, MuonDimensionNumbers):
+            raise TypeError
+        given = as_ints(numbers.reduction_axis), as_ints(numbers.output_axis)
+    except TypeError:
+        raise TypeError(
+            f"{where}, expected optax.contrib.MuonDimensionNumbers of integers, or None for what "
+            "layers says."
+        ) from None
+    try:
+        inputs, outputs = (normalize_axis_tuple(axes, len(shape)) for axes in given)
         normalize_axis_tuple(inputs + outputs, len(shape))
     except ValueError:
         raise ValueError(
-            f"{CALLER}: dimension_numbers has reduction_axis {axes[0]} and output_axis {axes[1]} "
-            f"for {show(path)} of shape {shape}, expected axes that it has, each once. A callable "
-            "can treat leaves differently."
+            f"{where}, expected axes that it has, each once. A callable can treat leaves "
+            "differently."
         ) from None
     rest = tuple(axis for axis in range(len(shape)) if axis not in inputs + outputs)
     return Layer("kernel", inputs, outputs, rest)
 
 
 def _as_prefix(tree: Any) -> Prefix:
-    return Prefix(tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers), _as_axes)
-
-
-def _as_axes(names: tuple[str, ...], value: Any) -> Axes | None:
-    if value is None:
-        return None
-    try:
-        if not isinstance(value, MuonDimensionNumbers):
-            raise TypeError
-        return as_ints(value.reduction_axis), as_ints(value.output_axis)
-    except TypeError:
-        raise TypeError(
-            f"{CALLER}: dimension_numbers has {value!r} at {join(names)!r}, expected "
-            "optax.contrib.MuonDimensionNumbers of integers, or None for what layers says."
-        ) from None
+    hint = " None stands for what layers says."
+    return Prefix(
+        "dimension_numbers", tree, lambda x: x is None or isinstance(x, MuonDimensionNumbers), hint
+    )

@@ -4,8 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optax_unitscale.overrides import Shape
-from optax_unitscale.paths import matches
+from optax_unitscale.overrides import Shape, matches
 
 __all__ = ["explain"]
 

@@ -192,7 +192,7 @@ def test_lookahead_meets_halfway_after_its_period():
 
 def test_flatten_makes_the_tree_one_group_and_leaves_labels_nothing_to_name():
     check(apply(optax.flatten(unit_scale()))[0], apply(unit_scale(scope="global"))[0])
-    with pytest.raises(ValueError, match=r"label for updates, .* \['matrix', 'pair', 'vector'\]"):
+    with pytest.raises(ValueError, match=r"entry for updates, .* \['matrix', 'pair', 'vector'\]"):
         apply(optax.flatten(unit_scale(**SCOPES["labels"])))
 
 

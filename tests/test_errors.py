@@ -63,7 +63,7 @@ def test_an_array_as_axis_is_refused_and_inject_hyperparams_mentioned():
 
 
 def test_labels_that_miss_a_leaf_are_refused():
-    text = "scope has no label for updates['b'], expected a pytree prefix...got labels at ['a']."
+    text = "scope has no entry for updates['b'], expected a pytree prefix...got entries at ['a']."
     refuse(ValueError, text, TWO, scope={"a": "x"})
     refuse(ValueError, text, TWO, scope=lambda _: {"a": "x", "b": None})
 
@@ -109,14 +109,14 @@ def test_layers_of_a_list_of_arrays_are_refused():
 
 
 def test_a_pattern_of_stacked_layers_that_fits_nothing_is_refused():
-    text = "axis is stacked('blocks/**'), which matches no leaf of the updates. They have ['a']."
+    text = "stacked has ['blocks/**'], which no leaf fits. There are ['a']; '*' stands for"
     refuse(ValueError, text, ONE, axis=stacked("blocks/**"))
     with pytest.raises(ValueError, match=r"stacked: 'a' of shape \(2, 3\) has no axis 2\. Change"):
         scaled(ONE, axis=stacked("*", axis=2))
 
 
 def test_axes_that_miss_a_leaf_are_refused():
-    text = "axis has no entry for updates['b'], expected a pytree prefix...Add the entry; None"
+    text = "axis has no entry for updates['b'], expected a pytree prefix...Add the entry. One"
     refuse(ValueError, text, TWO, axis={"a": 0})
 
 
@@ -126,7 +126,7 @@ def test_axes_that_stand_for_no_leaf_are_refused():
     many = {f"layer{i}": sample(2) for i in range(50)}
     text = "axis has an entry at 'kernal'...They have ['layer0', ...'layer26'] and 30 more."
     refuse(ValueError, text, many, axis={"kernal": 0} | dict.fromkeys(many, 0))
-    text = "axis has an entry at '0'...['a']. The axes of one leaf are an int or a tuple, not a li"
+    text = "axis has an entry at '0'...['a']...an int or a tuple; a list is for several"
     refuse(ValueError, text, ONE, axis=[0, 1])
 
 

@@ -193,8 +193,8 @@ def test_a_neurons_kernel_row_and_bias_share_a_norm(axis):
 
 def test_masked_leaves_need_neither_labels_nor_axes_and_may_have_them():
     tree = {"a": jnp.array([3.0, 4.0]), "b": optax.MaskedNode(), "c": None}
-    for labels in ({"a": "x"}, {"a": "x", "b": "y", "c": "y"}):
-        result = scaled(tree, scope=labels, axis=dict.fromkeys(labels, -1))
+    for labels in ({"a": "x"}, {"a": "x", "b": "y", "c": "y"}, {"a": "x", "b": {"kernel": "y"}}):
+        result = scaled(tree, scope=labels, axis=jax.tree.map(lambda _: -1, labels))
         check_same(result, tree | {"a": np.array([0.6, 0.8])})
 
 
@@ -257,6 +257,7 @@ def test_leaves_of_one_module_share_a_norm_in_scope_layer():
     assert set(gradient_norms(TREE, scope="layer")) == {"updates", "layer"}
     norms = gradient_norms(nnx.state(NNXModel(), nnx.Param), scope="layer")
     assert list(norms) == ["dense"]
+    assert list(gradient_norms([sample(2, 3)], scope="layer")) == ["updates"]
     stack = {"blocks": {"kernel": sample(2, 3, 4), "bias": sample(2, 4)}, "head": {"w": sample(3)}}
     norms = gradient_norms(stack, scope="layer", axis=stacked("blocks/**"))
     assert {name: norm.shape for name, norm in norms.items()} == {"blocks": (2,), "head": ()}
@@ -285,9 +286,34 @@ def test_the_nearest_entry_counts_in_whichever_spelling():
     assert set(gradient_norms(tree, scope={"dense": "x", "dense/kernel": "y"})) == {"x", "y"}
 
 
+def test_entries_stand_for_part_of_a_name_and_for_the_subtree_of_that_name_first():
+    tree = {"mlp/~/linear": {"w": sample(2, 3)}, "mlp": {"~": sample(2, 4)}, "head": sample(5)}
+    for labels in ({"mlp": "m", "head": "h"}, {"mlp/~": "m", "head": "h"}):
+        assert list(gradient_norms(tree, scope=labels)) == ["h", "m"]
+    axis = {"mlp/~/linear": None, "mlp/~/linear/w": 0, "mlp": None, "head": None}
+    norms = gradient_norms(tree, axis=axis)
+    assert [norm.shape for norm in norms.values()] == [(), (), (3,)]
+    nested = {"a/b": {"w": sample(2)}, "a": {"b": {"v": sample(3)}}}
+    norms = gradient_norms(nested, "linf", scope={"a/b": "x", "a": {"b": "y"}})
+    expected = {"x": nested["a/b"]["w"], "y": nested["a"]["b"]["v"]}
+    check_same(norms, {name: np.abs(x).max() for name, x in expected.items()})
+
+
+def test_leaves_without_elements_and_masked_ones_need_no_entry_and_keep_their_names():
+    x, left_out = jnp.array([3.0, 4.0]), optax.MaskedNode()
+    tree = {"x": x, "empty": jnp.zeros((0, 2)), "count": np.zeros(3, jax.dtypes.float0)}
+    check_same(gradient_norms(tree, scope={"x": "label"}), {"label": np.float32(5)})
+    check_same(gradient_norms(tree, axis={"x": 0}), {"x": np.float32(5)})
+    masked = {"blocks": {"kernel": left_out, "bias": left_out}}
+    for tree in ({**masked, "head": x}, masked):
+        norms = gradient_norms(tree, axis=stacked("blocks/kernel"))
+        check_same(norms, {"head": np.float32(5)} if "head" in tree else {})
+
+
 def test_a_model_of_nones_is_a_tree_of_axes_and_quoted_names_are_labels():
     model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
     check_same(scaled(model, axis=jax.tree.map(lambda x: None, model)), scaled(model))
-    tree = {"a/b": {"w": sample(2)}, "a": {"b": {"w": sample(3)}}}
-    names = list(gradient_norms(tree))
-    assert list(gradient_norms(tree, scope={name: name for name in names})) == names
+    x = sample(2)
+    for tree in ({"a/b": x, "a": {"b": x}}, {"a/b": {"w": x}, "a": {"b": {"w": x}}}):
+        names = list(gradient_norms(tree))
+        assert list(gradient_norms(tree, scope={name: name for name in names})) == names

@@ -143,16 +143,16 @@ def test_an_unknown_rule_is_refused():
 
 
 def test_dimension_numbers_that_are_none_are_refused():
-    text = "dimension_numbers has {} at {}, expected optax.contrib.MuonDimensionNumbers"
+    text = "dimension_numbers gives {} for updates['kernel'] of shape (2, 3), expected optax.contr"
     letter: Any = "0"
     for wrong, shown in [(0, "0"), (Axes(letter, 1), "MuonDi..."), (Axes(True, 1), "MuonDi...")]:
-        refuse(TypeError, text.format(shown, "'kernel'"), ONE, dimension_numbers={"kernel": wrong})
-    refuse(TypeError, text.format("0", "'updates'"), ONE, dimension_numbers=lambda _: 0)
+        refuse(TypeError, text.format(shown), ONE, dimension_numbers={"kernel": wrong})
+    refuse(TypeError, text.format("0"), ONE, dimension_numbers=lambda _: 0)
 
 
 def test_dimension_numbers_that_do_not_fit_are_refused():
-    text = "dimension_numbers has reduction_axis {} and output_axis {} for updates['kernel'] of "
-    text += "shape (2, 3), expected axes that it has, each once. A callable"
+    text = "dimension_numbers gives MuonDimensionNumbers(reduction_axis={}, output_axis={}) for "
+    text += "updates['kernel'] of shape (2, 3), expected axes that it has, each once. A callable"
     for reduction, output in [((0,), (2,)), ((-3,), (1,)), ((0,), (0, 1)), ((1,), (-1,))]:
         refuse(
             ValueError,
