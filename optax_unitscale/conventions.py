@@ -1,14 +1,20 @@
 """What the name and the shape of a leaf say about it, by the conventions of Flax and Haiku."""
 
+import math
 import re
 from collections.abc import Mapping
 
-from optax_unitscale.overrides import Kernel, Kind, Shape
+from optax_unitscale.overrides import Kernel, Kind, Shape, as_ints
 
-__all__ = ["kind_by_name"]
+__all__ = ["kind_by_name", "split"]
 
 PROJECTIONS = ("query", "key", "value")
 KERNELS = ("kernel", "w", "w_i", "w_h", "recurrent_kernel")
+# Names of kernels that hold query, key and value at once, or key and value.
+FUSED = {
+    3: r"(.*_)?w?qkv(_.*)?|query_key_value|c_attn|in_proj",
+    2: r"(to_|w)?kv(_proj|_einsum)?|key_value",
+}
 # What a recurrent cell multiplies with its input, and with its state: NNX's, Haiku's, Keras's.
 CELLS = (("dense_i/kernel", "dense_h/kernel"), ("w_i", "w_h"), ("kernel", "recurrent_kernel"))
 
@@ -36,6 +42,32 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
         return "vector" if is_flat or _is_bias_of_heads(module, shape, shapes) else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.
     return "vector" if is_flat and len(shape) > 2 else None
+
+
+def split(name: str, shape: Shape, kernel: Kernel) -> Kernel | None:
+    """A kernel that may hold query, key and value, as its name says, with each by itself.
+
+    Args:
+      name: of the leaf.
+      shape: of the leaf.
+      kernel: all of them as one kernel.
+
+    Returns:
+      None for every other kernel.
+    """
+    inputs, outputs = as_ints(kernel.inputs), as_ints(kernel.outputs)
+    n_in, n_out = (math.prod(shape[axis] for axis in axes) for axes in (inputs, outputs))
+    parts = [part.lower() for part in name.split("/") if part not in (*KERNELS, "weight")]
+    own = "".join(parts[-1:])
+    count = next((n for n, names in FUSED.items() if re.fullmatch(names, own)), 1)
+    if count == 1 or (own in ("c_attn", "in_proj") and 3 not in (n_out / n_in, n_in / n_out)):
+        return None
+    if n_in == count * n_out:  # Hugging Face's GPT-2 has (out, in).
+        inputs, outputs = outputs, inputs
+    apart = [axis for axis in outputs if shape[axis] == count]
+    if apart and len(outputs) > 1:
+        return Kernel(inputs, tuple(axis for axis in outputs if axis != apart[0]))
+    return None if shape[min(outputs)] % count else Kernel(inputs, outputs, count)
 
 
 def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:

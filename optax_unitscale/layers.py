@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_unitscale.conventions import kind_by_name
+from optax_unitscale.conventions import kind_by_name, split
 from optax_unitscale.modules import Declared, Modules, declared, is_equinox, open_model
 from optax_unitscale.overrides import (
     Kernel,
     Kind,
     Shape,
-    as_ints,
     check_patterns,
+    of_stack,
     override_of,
     stacked_axes,
 )
@@ -118,9 +118,11 @@ def layers_of(
     `lora_a`, `lora_b`                    (in, rank), (rank, out)    kernel
     ====================================  =========================  =========
 
-    Whatever can be several things is an error that lists all such leaves and the line to write:
-    stacked layers; fused projections; convolutions on one channel, which may be depthwise; other
-    names. That a convolution has groups of several channels, only its module shows.
+    Whatever can be several things is an error that lists all such leaves and the lines to write:
+    stacked layers; convolutions of one channel, which may be depthwise; other names. That a
+    convolution has groups of several channels, only its module shows. In any library, a kernel
+    named as query, key and value in one (`qkv`, `c_attn`, `in_proj`, `query_key_value`, `kv`) is
+    such an error too: users say whether it is one kernel, or `blocks=3` of them.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -227,13 +229,16 @@ def _find(
     said = {path.name: declared(modules[path.name], path.names) for path, _ in leaves}
     ways = {name: _stackings(d, single[name]) for name, d in said.items() if d}
     found: dict[str, Layer] = {}
+    fused: dict[str, Kernel] = {}
 
     def by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
-        return kind_by_name(name, shapes, is_flax=not is_equinox(modules[name]))
+        is_flax = not is_equinox(modules[name])
+        return None if said[name] else kind_by_name(name, shapes, is_flax)
 
     for name, shape in shapes.items():
         stack, batch = stacks[name], ()
         kind = override_of(caller, overrides, name, shape)
+        is_said = kind is not None
         if isinstance(kind, Kernel):
             stack = ()
         elif kind is None and (own := said[name]):
@@ -244,25 +249,28 @@ def _find(
         elif kind is None:
             kind = by_name(name, single)
         if kind is not None:
-            found[name] = _layer(kind, len(shape), stack, batch)
+            layer = _layer(kind, len(shape), stack, batch)
+            kernel = Kernel(layer.inputs, layer.outputs, layer.blocks)
+            is_open = layer.kind == "kernel" and layer.blocks == 1 and not is_said
+            if is_open and split(name, shape, kernel):
+                fused[name] = kernel
+            else:
+                found[name] = layer
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:
         typed = {name for name, own in said.items() if own and own.kind}
-        raise ValueError(explain(caller, unknown, shapes, typed, by_name))
+        raise ValueError(explain(caller, unknown, shapes, typed, fused, by_name))
     return [(path, x, found[path.name]) for path, x in leaves]
 
 
 def _layer(kind: Kind, ndim: int, stack: tuple[int, ...], batch: tuple[int, ...] = ()) -> Layer:
     """Of a kind, and a batch, whose axes are counted without those of a stack."""
-    kept = _without(tuple(range(ndim)), stack)
     if isinstance(kind, Kernel):
-        inputs, outputs = (
-            tuple(sorted(kept[axis] for axis in as_ints(axes)))
-            for axes in (kind.inputs, kind.outputs)
-        )
+        inputs, outputs = (of_stack(axes, ndim, stack) for axes in (kind.inputs, kind.outputs))
         every = _without(tuple(range(ndim)), inputs + outputs)
         return Layer("kernel", inputs, outputs, every, kind.blocks)
+    kept = _without(tuple(range(ndim)), stack)
     every = tuple(sorted((*stack, *(kept[axis] for axis in batch))))
     kept = _without(tuple(range(ndim)), every)
     if kind == "vector":

@@ -6,7 +6,16 @@ from typing import Any, Literal, NamedTuple
 
 from optax_unitscale.paths import matches, some
 
-__all__ = ["Kernel", "Kind", "Shape", "as_ints", "check_patterns", "override_of", "stacked_axes"]
+__all__ = [
+    "Kernel",
+    "Kind",
+    "Shape",
+    "as_ints",
+    "check_patterns",
+    "of_stack",
+    "override_of",
+    "stacked_axes",
+]
 
 Shape = tuple[int, ...]
 
@@ -58,6 +67,12 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
             f"{shape} has, each once, and blocks that divide the first output axis."
         ) from None
     return Kernel(inputs, outputs, blocks)
+
+
+def of_stack(axes: int | Iterable[int], ndim: int, stack: Iterable[int]) -> tuple[int, ...]:
+    """The axes of one layer, counted in the leaf that stacks several."""
+    kept = [axis for axis in range(ndim) if axis not in stack]
+    return tuple(sorted(kept[axis] for axis in as_ints(axes)))
 
 
 def stacked_axes(
