@@ -118,7 +118,8 @@ def unit_muon(
 
     Raises:
       TypeError: as `layers_of`.
-      ValueError: as `layers_of`, at `init`: what some leaves are cannot be told.
+      ValueError: as `layers_of`, at `init`: what some leaves are cannot be told; as
+        `orthogonalize`.
 
     Numerics:
       As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients of any

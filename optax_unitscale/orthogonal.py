@@ -77,7 +77,7 @@ def orthogonalize(
         else, or traced.
       ValueError: what a leaf is cannot be told, as `layers_of`, also at `init`; `coefficients` is
         unknown or has not one triple for each step; in `jax.shard_map` a kernel varies over mesh
-        axes.
+        axes; `jax.export` leaves an axis of a kernel open, as it may those of the data.
 
     Numerics:
       The Frobenius norm is exact as in `unit_scale`: a matrix of any magnitude in the dtype's
@@ -145,6 +145,11 @@ def _kernel(path: Path, x: jax.Array, layer: Layer | None) -> tuple[Layer, str] 
     check_dtype("orthogonalize", path, x)
     if layer is None or layer.kind != "kernel":
         return None
+    if not all(isinstance(size, int) for size in x.shape):
+        raise ValueError(
+            f"orthogonalize: {show(path)} has shape {x.shape}, expected numbers. "
+            "jax.export may leave axes of the data open, such as the batch, and none of a kernel."
+        )
     partitions("orthogonalize", path, x)
     if axes := varying_axes(x):
         raise ValueError(
