@@ -80,9 +80,10 @@ class Layers(Mapping[str, Layer]):
         return hash(frozenset(self._layers.items()))
 
     def map(self, function: Callable[[Any], Any], tree: Any) -> Any:
-        """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
+        """Calls `function` with the layer of each leaf of `tree`, and returns a tree like it.
 
-        It gives masks and labels for other transformations, such as Adam for all but kernels
+        An unknown leaf has the layer None. Use it for the masks and labels of other
+        transformations, such as one for each kind of leaf:
         ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
         """
         values = [function(self._layers.get(path.name)) for path, _ in flatten(tree)]
@@ -119,10 +120,10 @@ def layers_of(
     ====================================  =========================  =========
 
     Whatever can be several things is an error that lists all such leaves and the lines to write:
-    stacked layers; convolutions of one channel, which may be depthwise; other names. That a
-    convolution has groups of several channels, only its module shows. In any library, a kernel
-    named as query, key and value in one (`qkv`, `c_attn`, `in_proj`, `query_key_value`, `kv`) is
-    such an error too: users say whether it is one kernel, or `blocks=3` of them.
+    stacked layers; convolutions of one channel, which may be depthwise; other names. So is, in any
+    library, a kernel whose name stands for query, key and value in one: `qkv`, `c_attn`, `in_proj`,
+    `query_key_value`, `kv`. It may be one kernel or `blocks=3` of them. Only a module shows that a
+    convolution has groups of several channels.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -130,8 +131,8 @@ def layers_of(
         "vector". ``*`` stands for a part of one name, ``**`` for any number of names; the first
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
-        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. What is left of
-        a leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
+        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. The rest of the
+        shape is read as above. NNX and Equinox modules do not need it.
 
     Returns:
       `Layers`: a `Layer` for each name, as `gradient_norms` has them. Integers, None and empty
@@ -192,7 +193,7 @@ def layers_in(
             wrong.append(f"{layer} for {path.name} {x.shape}")
     if wrong:
         raise ValueError(
-            f"{caller}: layers does not fit, it has {some(wrong)}. Make it of the model that is "
+            f"{caller}: layers does not fit, it has {some(wrong)}. Make it from the model that is "
             "trained, such as layers_of(model)."
         )
     return [(path, x, layer) for path, x in leaves if (layer := said[path.name])]

@@ -105,7 +105,7 @@ def record_norms(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `RecordNormsState`. Its `init` reads the
-      parameters' shapes only; leaves of integers count as none. Its `update` needs `params` only
+      parameters' shapes only, and leaves integers out. Its `update` needs `params` only
       where some leaves have no gradient.
 
     Raises:

@@ -27,7 +27,7 @@ class KeepNormState(NamedTuple):
 
     Attributes:
       radii: the norm that each group keeps, 0 where it keeps none. One vector for all kernels, in
-        the order of the leaves, for a tree shaped like the parameters would be split like them.
+        the order of the leaves: a tree shaped like the parameters would be split like them.
     """
 
     radii: jax.Array
@@ -76,7 +76,7 @@ def keep_norm(
       layers: what each leaf is, as in `layers_of`: what that returned, overrides for it, or None to
         find it from the parameters. Each stacked layer, each expert and each of a kernel's `blocks`
         keeps its own norm.
-      axis: the axes that the norm of a kernel runs over, as in `unit_scale`, in the place of what
+      axis: the axes that the norm of a kernel runs over, as in `unit_scale`, instead of what
         `layers` says. ``axis=0`` keeps the norm of each column of an (input, output) matrix.
       radius: scalar in [0, ∞), R for every group, in the units of the norm; may be traced or
         injected. None takes the norms at `init`. 0 lets all updates pass through.

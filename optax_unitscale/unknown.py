@@ -1,4 +1,4 @@
-"""The error about leaves that can be several things: all of them, and the line to write."""
+"""The error about leaves that can be several things: all of them, and the lines to write."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,18 +61,18 @@ def explain(
         said.append(f'stacked="{next(iter(stacks))}/**"' if is_first else f"stacked={{{every}}}")
     argument = "" if caller == "layers_of" else "layers="
     model = "model" if typed else "params"
-    lines.append(f"Say it, such as {argument}layers_of({model}, {', '.join(said)}).")
+    lines.append(f"Write, for example, {argument}layers_of({model}, {', '.join(said)}).")
     choices = [(pattern, *one) for pattern, can in entries.items() if len(can) > 1 for one in can]
     if choices:
-        lines.append("Where a leaf can be two things, take the line that is right:")
+        lines.append("A leaf can be two things; for each, keep the line that is right:")
         lines += [
             f'  "{pattern}": {_written(kind)},  # {means}' for pattern, kind, means in choices
         ]
     if "flax.nnx" in sys.modules and not typed and len(fused) < len(unknown):
-        lines.append("Of a Flax NNX model give the model itself, layers_of(model): it shows more.")
+        lines.append("A Flax NNX model shows more than its parameters do: layers_of(model).")
     if all(name.rpartition("/")[2].isdigit() for name in unknown):
         lines.append(
-            "Items of a list have no names. Where they are those of Keras, give a dict with names: "
+            "Items of a list have no names. Give Keras variables as a dict: "
             "{v.path: v.value for v in model.trainable_variables}."
         )
     return "\n".join(lines)

@@ -313,7 +313,7 @@ def test_depthwise_convolutions_are_known_by_types_and_refused_by_names():
     assert short(layers["layers/2/kernel"]) == "0 2 > 1"
     params = {n: {"dw": shapes(kernel=(3, 3, 1, n), bias=(n,))} for n in (8, 512)}
     with pytest.raises(
-        ValueError, match=r"take the line that is right:\n  .*, {2}# depthwise"
+        ValueError, match=r"keep the line that is right:\n  .*, {2}# depthwise"
     ) as error:
         layers_of(params)
     # A name for each, for they differ in their blocks.
@@ -344,7 +344,9 @@ LEAVES = {"equinox": ("weight", "1 > 0"), "haiku": ("w", "0 > 1")}
 def test_fused_projections_are_refused_with_a_line_for_each_reading(name, library):
     model = LINEARS[library]([name, "up"])
     leaf, axes = LEAVES.get(library, ("kernel", "0 > 1"))
-    with pytest.raises(ValueError, match=rf"what they are:\n  {name}/{leaf} \S+ \S+\nSay") as error:
+    with pytest.raises(
+        ValueError, match=rf"what they are:\n  {name}/{leaf} \S+ \S+\nWrite"
+    ) as error:
         layers_of(model)
     separate, one = readings_of(error)
     assert said(model, separate) == {f"{name}/{leaf}": f"{axes} *3", f"up/{leaf}": axes}

@@ -71,14 +71,14 @@ WRONG_AXES = [(0, 2), (0, 0), ((0, 1), -1), ((), ()), (True, 0), (0, 1, 3), (0, 
 def test_overrides_that_do_not_fit_are_refused(wrong):
     is_kernel = isinstance(wrong, Kernel)
     expected = "axes that a/kernel of shape (6, 4) has" if is_kernel else "a Kernel, 'embedding' or"
-    text = re.escape(f"layers_of: '**/kernel' is said to be {wrong!r}, expected {expected}")
+    text = re.escape(f"layers_of: overrides has {wrong!r} for '**/kernel', expected {expected}")
     with pytest.raises(ValueError if is_kernel else TypeError, match=text):
         layers_of(ONE, {"**/kernel": wrong})
 
 
 def test_patterns_that_fit_nothing_or_what_is_no_stack_are_refused():
     for argument in ("overrides", "stacked"):
-        text = re.escape(f"{argument} has ['b/**'], which no leaf fits. There are ['a/")
+        text = re.escape(f"{argument} has ['b/**'], which match no leaf. The leaves are ['a/")
         options: Any = {argument: {"b/**": 0}}
         with pytest.raises(ValueError, match=text):
             layers_of(ONE, **options)
