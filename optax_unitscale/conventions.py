@@ -39,7 +39,8 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
     if leaf.endswith(("lora_a", "lora_b")):
         return _low_rank(name, shapes) if is_flax else None
     if leaf in ("bias", "b", "scale", "offset"):
-        return "vector" if is_flat or _is_bias_of_heads(module, shape, shapes) else None
+        is_vector = is_flat or _is_bias_of_several(module, shape, shapes)
+        return "vector" if is_vector else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.
     return "vector" if is_flat and len(shape) > 2 else None
 
@@ -78,11 +79,14 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     bias = shapes.get(_join(module, "b" if leaf == "w" else "bias"))
     if own in (*PROJECTIONS, "out") and len(shape) == 3 and _is_attention(above, own, shapes):
         return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
-    # A bias of one axis shows that nothing is stacked, and which axis is the output.
+    # The gates of a cell show that nothing is stacked.
+    if len(shape) == 2 and (gates := _gates(module, leaf, shapes)) > 1:
+        return Kernel(0, 1, gates)
+    # A bias of one axis does too, and which axis is the output.
     if bias not in (None, (n_out,)) or "einsum" in own.lower():
         return None
     if len(shape) == 2:
-        return None if _is_conv(own) else Kernel(0, 1, _gates(module, leaf, shapes))
+        return None if _is_conv(own) else Kernel(0, 1)
     # A depthwise convolution or one that sees a single channel; a transposed one, perhaps.
     if (n_in == 1 and n_out != 1) or ("transpose" in own.lower() and n_in == n_out):
         return None
@@ -119,9 +123,12 @@ def _is_attention(above: str, own: str, shapes: Mapping[str, Shape]) -> bool:
     return query[1:] == out[:2] and key[1:] == value[1:] and query[2] == key[2]
 
 
-def _is_bias_of_heads(module: str, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+def _is_bias_of_several(module: str, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+    """Of heads, or of the two kernels of Keras's GRU."""
     kernel = shapes.get(f"{module}/kernel", ())
-    return module.rpartition("/")[2] in PROJECTIONS and len(kernel) == 3 and kernel[1:] == shape
+    is_of_heads = module.rpartition("/")[2] in PROJECTIONS and len(kernel) == 3
+    is_of_pair = _gates(module, "kernel", shapes) > 1
+    return (is_of_heads and kernel[1:] == shape) or (is_of_pair and shape == (2, kernel[1]))
 
 
 def _gates(module: str, leaf: str, shapes: Mapping[str, Shape]) -> int:

@@ -99,7 +99,10 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
         ]
     if "transpose" in name.lower() and len(most) > 1:
         swapped = Kernel((*most[:-1], last), last - 1)
-        return [(conv, "(..., in, out)"), (swapped, "(..., out, in): transpose_kernel=True")]
+        return [(conv, "(..., in, out)"), (swapped, "(..., out, in), as in Keras")]
+    if "depthwise" in name.lower() and len(most) > 1:
+        each = Kernel(tuple(most[:-1]), last)
+        return [(each, "(..., channels, multiplier), as in Keras"), (conv, "(..., in, out)")]
     if "conv" in name.lower():
         return [(conv, "")]
     forward, backward = Kernel(first, tuple(rest)), Kernel(tuple(rest), first)
@@ -107,6 +110,8 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
         return [(forward, "")]
     if leaf == "weight":
         return [(backward, "(out, in), as in PyTorch and Equinox"), (forward, "(in, out)")]
+    if leaf in KERNELS and len(rest) == 1:
+        return [(forward, "(in, out)"), (backward, "(out, in)")]
     if len(rest) == 1:
         return [(forward, "a kernel, (in, out)"), ("embedding", "a table, (rows, features)")]
     # Such as (3, in, heads, features), or (3, heads, in, features) in einsums.

@@ -266,11 +266,8 @@ def test_einsums_are_read_by_their_equation_or_by_overrides():
     expected["experts/kernel"] = "1 > 2 [0]"
     with pytest.raises(ValueError, match=r"are:\n  gain/kernel \(16, 4\)\n  kv/kernel") as error:
         layers_of(model)
-    kernel, embedding, separate, one = readings_of(error)
-    assert (kernel, embedding) == (
-        {"**/gain/kernel": Kernel(0, 1)},
-        {"**/gain/kernel": "embedding"},
-    )
+    *gain, separate, one = readings_of(error)
+    assert gain == [{"**/gain/kernel": Kernel(0, 1)}, {"**/gain/kernel": Kernel(1, 0)}]
     assert said(model, {"gain/*": "vector", **separate}) == expected
     assert said(model, {"gain/*": "vector", **one}) == expected | {"kv/kernel": "2 > 0 1 3"}
     params = {"kv_einsum": shapes(w=(2, 1, 16, 8)), "mlp": shapes(gating_einsum=(2, 16, 32))}
@@ -379,6 +376,18 @@ def test_widths_tell_what_is_fused_where_names_do_not():
         layers_of({"c_attn": shapes(kernel=(24, 8))})
     separate, _ = readings_of(error)
     assert said({"c_attn": shapes(kernel=(24, 8))}, separate) == {"c_attn/kernel": "1 > 0 *3"}
+
+
+def test_kerass_gru_is_known_by_its_names_and_its_depthwise_kernels_are_refused():
+    cell = shapes(kernel=(8, 48), recurrent_kernel=(16, 48), bias=(2, 48))
+    gates = {"gru_cell/kernel": "0 > 1 *3", "gru_cell/recurrent_kernel": "0 > 1 *3"}
+    assert said({"gru_cell": cell}) == gates
+    params = {"depthwise_conv2d": shapes(kernel=(3, 3, 8, 2), bias=(16,))}
+    with pytest.raises(ValueError, match="as in Keras") as error:
+        layers_of(params)
+    each, ordinary = readings_of(error)
+    assert said(params, each) == {"depthwise_conv2d/kernel": "0 1 > 3 [2]"}
+    assert said(params, ordinary) == {"depthwise_conv2d/kernel": "0 1 2 > 3"}
 
 
 def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
