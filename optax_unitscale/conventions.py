@@ -1,14 +1,20 @@
 """What the name and the shape of a leaf say about it, by the conventions of Flax and Haiku."""
 
+import math
 import re
 from collections.abc import Mapping
 
-from optax_unitscale.overrides import Kernel, Kind, Shape
+from optax_unitscale.overrides import Kernel, Kind, Shape, as_ints
 
-__all__ = ["kind_by_name"]
+__all__ = ["kind_by_name", "split"]
 
 PROJECTIONS = ("query", "key", "value")
 KERNELS = ("kernel", "w", "w_i", "w_h", "recurrent_kernel")
+# Names of kernels that hold query, key and value at once, or key and value.
+FUSED = {
+    3: r"(.*_)?w?qkv(_.*)?|query_key_value|c_attn|in_proj",
+    2: r"(to_|w)?kv(_proj|_einsum)?|key_value",
+}
 # What a recurrent cell multiplies with its input, and with its state: NNX's, Haiku's, Keras's.
 CELLS = (("dense_i/kernel", "dense_h/kernel"), ("w_i", "w_h"), ("kernel", "recurrent_kernel"))
 
@@ -33,9 +39,36 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
     if leaf.endswith(("lora_a", "lora_b")):
         return _low_rank(name, shapes) if is_flax else None
     if leaf in ("bias", "b", "scale", "offset"):
-        return "vector" if is_flat or _is_bias_of_heads(module, shape, shapes) else None
+        is_vector = is_flat or _is_bias_of_several(module, shape, shapes)
+        return "vector" if is_vector else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.
     return "vector" if is_flat and len(shape) > 2 else None
+
+
+def split(name: str, shape: Shape, kernel: Kernel) -> Kernel | None:
+    """A kernel that may hold query, key and value, as its name says, with each by itself.
+
+    Args:
+      name: of the leaf.
+      shape: of the leaf.
+      kernel: all of them as one kernel.
+
+    Returns:
+      None for every other kernel.
+    """
+    inputs, outputs = as_ints(kernel.inputs), as_ints(kernel.outputs)
+    n_in, n_out = (math.prod(shape[axis] for axis in axes) for axes in (inputs, outputs))
+    parts = [part.lower() for part in name.split("/") if part not in (*KERNELS, "weight")]
+    own = "".join(parts[-1:])
+    count = next((n for n, names in FUSED.items() if re.fullmatch(names, own)), 1)
+    if count == 1 or (own in ("c_attn", "in_proj") and 3 not in (n_out / n_in, n_in / n_out)):
+        return None
+    if n_in == count * n_out:  # Hugging Face's GPT-2 has (out, in).
+        inputs, outputs = outputs, inputs
+    apart = [axis for axis in outputs if shape[axis] == count]
+    if apart and len(outputs) > 1:
+        return Kernel(inputs, tuple(axis for axis in outputs if axis != apart[0]))
+    return None if shape[min(outputs)] % count else Kernel(inputs, outputs, count)
 
 
 def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
@@ -46,11 +79,14 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     bias = shapes.get(_join(module, "b" if leaf == "w" else "bias"))
     if own in (*PROJECTIONS, "out") and len(shape) == 3 and _is_attention(above, own, shapes):
         return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
-    # A bias of one axis shows that nothing is stacked, and which axis is the output.
+    # The gates of a cell show that nothing is stacked.
+    if len(shape) == 2 and (gates := _gates(module, leaf, shapes)) > 1:
+        return Kernel(0, 1, gates)
+    # A bias of one axis does too, and which axis is the output.
     if bias not in (None, (n_out,)) or "einsum" in own.lower():
         return None
     if len(shape) == 2:
-        return None if _is_conv(own) else Kernel(0, 1, _gates(module, leaf, shapes))
+        return None if _is_conv(own) else Kernel(0, 1)
     # A depthwise convolution or one that sees a single channel; a transposed one, perhaps.
     if (n_in == 1 and n_out != 1) or ("transpose" in own.lower() and n_in == n_out):
         return None
@@ -87,9 +123,12 @@ def _is_attention(above: str, own: str, shapes: Mapping[str, Shape]) -> bool:
     return query[1:] == out[:2] and key[1:] == value[1:] and query[2] == key[2]
 
 
-def _is_bias_of_heads(module: str, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+def _is_bias_of_several(module: str, shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+    """Of heads, or of the two kernels of Keras's GRU."""
     kernel = shapes.get(f"{module}/kernel", ())
-    return module.rpartition("/")[2] in PROJECTIONS and len(kernel) == 3 and kernel[1:] == shape
+    is_of_heads = module.rpartition("/")[2] in PROJECTIONS and len(kernel) == 3
+    is_of_pair = _gates(module, "kernel", shapes) > 1
+    return (is_of_heads and kernel[1:] == shape) or (is_of_pair and shape == (2, kernel[1]))
 
 
 def _gates(module: str, leaf: str, shapes: Mapping[str, Shape]) -> int:

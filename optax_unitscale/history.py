@@ -1,4 +1,4 @@
-"""Norms recorded over steps: by layer, against the median layer, and what is amiss."""
+"""Norms recorded over steps: by layer, against the median layer, and what is wrong."""
 
 import math
 import re
@@ -70,8 +70,8 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
         values = _floats(caller, name, history[name])
         if values.ndim == 0:
             raise ValueError(
-                f"{caller}: history[{name!r}] is one number, expected one a step. Put the dict of "
-                "a single step into a list."
+                f"{caller}: history[{name!r}] is one number, expected one for each step. Put the "
+                "dict of a single step into a list."
             )
         lines.update(_slices(name, values))
     steps = sorted({line.size for line in lines.values()})
@@ -79,8 +79,8 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
         raise ValueError(f"{caller}: there are no norms, expected at least one of one step.")
     if len(steps) > 1:
         raise ValueError(
-            f"{caller}: history has arrays of {steps} steps, expected as many in each. Give one "
-            "step as a list of its dict."
+            f"{caller}: history has arrays of {steps} steps, expected the same number in each. "
+            "Put the dict of a single step into a list."
         )
     return lines
 

@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_unitscale.conventions import kind_by_name
+from optax_unitscale.conventions import kind_by_name, split
 from optax_unitscale.modules import Declared, Modules, declared, is_equinox, open_model
 from optax_unitscale.overrides import (
     Kernel,
     Kind,
     Shape,
-    as_ints,
     check_patterns,
+    of_stack,
     override_of,
     stacked_axes,
 )
@@ -80,9 +80,10 @@ class Layers(Mapping[str, Layer]):
         return hash(frozenset(self._layers.items()))
 
     def map(self, function: Callable[[Any], Any], tree: Any) -> Any:
-        """A tree like `tree` with what `function` makes of the layer of each leaf, None if unknown.
+        """Calls `function` with the layer of each leaf of `tree`, and returns a tree like it.
 
-        It gives masks and labels for other transformations, such as Adam for all but kernels
+        An unknown leaf has the layer None. Use it for the masks and labels of other
+        transformations, such as one for each kind of leaf:
         ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
         """
         values = [function(self._layers.get(path.name)) for path, _ in flatten(tree)]
@@ -118,9 +119,11 @@ def layers_of(
     `lora_a`, `lora_b`                    (in, rank), (rank, out)    kernel
     ====================================  =========================  =========
 
-    Whatever can be several things is an error that lists all such leaves and the line to write:
-    stacked layers; fused projections; convolutions on one channel, which may be depthwise; other
-    names. That a convolution has groups of several channels, only its module shows.
+    Whatever can be several things is an error that lists all such leaves and the lines to write:
+    stacked layers; convolutions of one channel, which may be depthwise; other names. So is, in any
+    library, a kernel whose name stands for query, key and value in one: `qkv`, `c_attn`, `in_proj`,
+    `query_key_value`, `kv`. It may be one kernel or `blocks=3` of them. Only a module shows that a
+    convolution has groups of several channels.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -128,8 +131,8 @@ def layers_of(
         "vector". ``*`` stands for a part of one name, ``**`` for any number of names; the first
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
-        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. What is left of
-        a leaf without that axis is read as above. Of NNX and Equinox modules it need not be said.
+        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. The rest of the
+        shape is read as above. NNX and Equinox modules do not need it.
 
     Returns:
       `Layers`: a `Layer` for each name, as `gradient_norms` has them. Integers, None and empty
@@ -190,7 +193,7 @@ def layers_in(
             wrong.append(f"{layer} for {path.name} {x.shape}")
     if wrong:
         raise ValueError(
-            f"{caller}: layers does not fit, it has {some(wrong)}. Make it of the model that is "
+            f"{caller}: layers does not fit, it has {some(wrong)}. Make it from the model that is "
             "trained, such as layers_of(model)."
         )
     return [(path, x, layer) for path, x in leaves if (layer := said[path.name])]
@@ -228,13 +231,16 @@ def _find(
     said = {path.name: declared(modules[path.name], path.names) for path, _ in leaves}
     ways = {name: _stackings(d, single[name]) for name, d in said.items() if d}
     found: dict[str, Layer] = {}
+    fused: dict[str, Kernel] = {}
 
     def by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
-        return kind_by_name(name, shapes, is_flax=not is_equinox(modules[name]))
+        is_flax = not is_equinox(modules[name])
+        return None if said[name] else kind_by_name(name, shapes, is_flax)
 
     for name, shape in shapes.items():
         stack, batch = stacks[name], ()
         kind = override_of(caller, overrides, name, shape)
+        is_said = kind is not None
         if isinstance(kind, Kernel):
             stack = ()
         elif kind is None and (own := said[name]):
@@ -245,25 +251,28 @@ def _find(
         elif kind is None:
             kind = by_name(name, single)
         if kind is not None:
-            found[name] = _layer(kind, len(shape), stack, batch)
+            layer = _layer(kind, len(shape), stack, batch)
+            kernel = Kernel(layer.inputs, layer.outputs, layer.blocks)
+            is_open = layer.kind == "kernel" and layer.blocks == 1 and not is_said
+            if is_open and split(name, shape, kernel):
+                fused[name] = kernel
+            else:
+                found[name] = layer
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:
         typed = {name for name, own in said.items() if own and own.kind}
-        raise ValueError(explain(caller, unknown, shapes, typed, by_name))
+        raise ValueError(explain(caller, unknown, shapes, typed, fused, by_name))
     return [(path, x, found[path.name]) for path, x in leaves]
 
 
 def _layer(kind: Kind, ndim: int, stack: tuple[int, ...], batch: tuple[int, ...] = ()) -> Layer:
     """Of a kind, and a batch, whose axes are counted without those of a stack."""
-    kept = _without(tuple(range(ndim)), stack)
     if isinstance(kind, Kernel):
-        inputs, outputs = (
-            tuple(sorted(kept[axis] for axis in as_ints(axes)))
-            for axes in (kind.inputs, kind.outputs)
-        )
+        inputs, outputs = (of_stack(axes, ndim, stack) for axes in (kind.inputs, kind.outputs))
         every = _without(tuple(range(ndim)), inputs + outputs)
         return Layer("kernel", inputs, outputs, every, kind.blocks)
+    kept = _without(tuple(range(ndim)), stack)
     every = tuple(sorted((*stack, *(kept[axis] for axis in batch))))
     kept = _without(tuple(range(ndim)), every)
     if kind == "vector":

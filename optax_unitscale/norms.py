@@ -131,7 +131,7 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
     ways: dict[str, Callable[..., Norm]] = {"cpu": _with_branch, "default": _at_three_scales}
     if kind == "linf" and not any(map(jnp.iscomplexobj, leaves)):
         # No magnitude leaves the range.
-        ways = {"cpu": _in_one_pass, "default": functools.partial(_in_one_pass, root=1.0)}
+        ways = {"cpu": _in_one_pass, "default": functools.partial(_in_one_pass, one=1.0)}
     elif _accumulator(leaves) == np.float32:
         if all(isinstance(x.size, int) and x.size < SMALL for x in leaves):
             ways["cpu"] = _in_float64
@@ -144,9 +144,9 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
 
 
 def _in_one_pass(
-    kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array], root: float | None = None
+    kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array], one: float | None = None
 ) -> Norm:
-    plain = _scaled_norm(kind, over, leaves, root)
+    plain = _scaled_norm(kind, over, leaves, one)
     root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
     return Norm(plain * root * root, root)
 

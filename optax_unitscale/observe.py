@@ -94,6 +94,7 @@ def record_norms(
     and for a leaf that has none, such as a frozen one whose gradient is None. It goes through
     `optax.MultiSteps` and `optax.apply_if_finite`, which leave it as it was in a step without an
     update, and through `jax.lax.scan`, checkpoints, `optax.tree.map_params` and `nnx.Optimizer`.
+    `jax_debug_nans` stops at these NaNs: call `init` in ``with jax.debug_nans(False)``.
 
     Args:
       norm: "l2", "rms", "l1" or "linf", as in `unit_scale`.
@@ -104,7 +105,7 @@ def record_norms(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `RecordNormsState`. Its `init` reads the
-      parameters' shapes only; leaves of integers count as none. Its `update` needs `params` only
+      parameters' shapes only, and leaves integers out. Its `update` needs `params` only
       where some leaves have no gradient.
 
     Raises:

@@ -97,12 +97,12 @@ def unit_muon(
 
     so that all singular values of its step are equal, and an input of RMS 1 changes the output by
     an RMS of at most the rate. Each row of an embedding takes a step whose RMS is the rate, and
-    each vector, such as a bias or a gain, one of a tenth.
+    each vector, such as a bias or a gain, a step whose RMS is a tenth of it.
 
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. 0.03 is a good rate for
         models of any width.
-      momentum: its decay.
+      momentum: the factor by which the momentum decays at each step.
       layers: what each leaf is: what `layers_of` returned, overrides for it, such as
         ``{"**/qkv/kernel": Kernel(inputs=0, outputs=(1, 2))}``, or None to find it from the names
         and shapes of the parameters. `layers_of(model)` reads the types of modules, which says
@@ -118,7 +118,8 @@ def unit_muon(
 
     Raises:
       TypeError: as `layers_of`.
-      ValueError: as `layers_of`, at `init`: what some leaves are cannot be told.
+      ValueError: as `layers_of`, at `init`: what some leaves are cannot be told; as
+        `orthogonalize`.
 
     Numerics:
       As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients of any

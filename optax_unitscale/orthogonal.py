@@ -34,7 +34,7 @@ def orthogonalize(
     ),
     steps: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each kernel by about the nearest matrix whose singular values are all 1.
+    r"""Replaces each kernel with nearly the closest matrix whose singular values are all 1.
 
     For a kernel :math:`x = U \Sigma V^\top`, the orthogonal factor by `steps` of Newton-Schulz
 
@@ -63,10 +63,10 @@ def orthogonalize(
 
         "polar_express" goes on to 1: 0.993 to 1.002 after 6 steps, within 1e-5 after 7. "muon" is
         one triple again and again. "aol" first divides each row of the matrix, short side first,
-        by the root of the sum of its :math:`|A|`: s is that of the result, and is large from the
-        start; it is nearer to 1 after 4 steps than the others after 5, but U and V are those of
-        the result too. Or a tuple with a triple for each step.
-      steps: how often, at least 1. More than a name has triples repeat its last.
+        by the root of the sum of that row of :math:`|A|`. Its s, U and V are those of the divided
+        matrix. s is then large from the start, and after 4 steps nearer to 1 than that of the
+        others after 5. A tuple has a triple for each step.
+      steps: how many, at least 1. Those beyond a name's triples repeat the last one.
 
     Returns:
       A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
@@ -77,29 +77,31 @@ def orthogonalize(
         else, or traced.
       ValueError: what a leaf is cannot be told, as `layers_of`, also at `init`; `coefficients` is
         unknown or has not one triple for each step; in `jax.shard_map` a kernel varies over mesh
-        axes.
+        axes; `jax.export` leaves an axis of a kernel open, as it may those of the data.
 
     Numerics:
       The Frobenius norm is exact as in `unit_scale`: a matrix of any magnitude in the dtype's
       normal range gives the same result, a matrix of zeros stays zero, and one with NaN or an
-      infinity becomes NaN, alone of its stack. There is no epsilon. Products are in float32 on
-      CPU, whatever `jax.default_matmul_precision` says, and of bfloat16 with float32 sums on
-      accelerators, good to a few hundredths; float64 and complex leaves are worked on as such
-      everywhere. What is below the precision of the products, 1e-7 or 4e-3 of the largest singular
-      value, is noise, which five steps raise up to a thousandfold, as in all such methods.
+      infinity becomes NaN, alone of its stack. There is no epsilon. On CPU the products are in
+      float32, whatever `jax.default_matmul_precision` says. On accelerators they are of bfloat16
+      with float32 sums, and the result is right to a few hundredths. float64 and complex leaves
+      keep their precision everywhere. Singular values below the precision of the products, 1e-7 or
+      4e-3 of the largest, are noise. Five steps raise it up to a thousandfold, as in all such
+      methods.
 
     Notes:
       Matrices of one shape and dtype, short side first, are one batch, whichever leaves they are
-      in: on CPU one after the other, each in the cache.
+      in. CPU takes one after the other, so that each stays in the cache.
 
       Across devices. Inside `jax.set_mesh(mesh)`, or where mesh axes are explicit, each matrix
-      comes whole to one device, is worked on there and goes back: the numbers are those of one
+      comes whole to one device, is processed there and goes back: the numbers are those of one
       device, and no product is computed twice. Each mesh axis that splits the kernels costs one
-      all-to-all there and one back. Kernels of one name but for numbers, such as "blocks/3/up",
-      are taken for split alike; others cost more. Matrices of one shape should be as many as the
-      devices, or a multiple: with fewer, devices idle or repeat each other. Without a mesh that
-      JAX can see, as with `jax.jit` on arrays of an automatic mesh outside `jax.set_mesh`, XLA
-      splits the products as it likes: right, but with collectives in every step.
+      all-to-all there and one back. Kernels whose names differ in numbers only, such as
+      "blocks/3/up", are assumed to be split alike; if they are not, more is sent. There should be
+      as many matrices of one shape as devices, or a multiple: with fewer, devices idle or repeat
+      each other's work. Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh
+      outside `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of
+      the steps needs collectives.
 
       In `jax.shard_map` a part of a matrix would give something else than a part of the result.
       With `check_vma=True` a kernel that varies over a mesh axis is an error. With
@@ -144,6 +146,11 @@ def _kernel(path: Path, x: jax.Array, layer: Layer | None) -> tuple[Layer, str] 
     """What a kernel is, and its name without numbers, if the leaf is one; its type is checked."""
     if layer is None or layer.kind != "kernel":
         return None
+    if not all(isinstance(size, int) for size in x.shape):
+        raise ValueError(
+            f"orthogonalize: {show(path)} has shape {x.shape}, expected numbers. "
+            "jax.export may leave axes of the data open, such as the batch, and none of a kernel."
+        )
     partitions("orthogonalize", path, x)
     if axes := varying_axes(x):
         raise ValueError(

@@ -19,6 +19,7 @@ __all__ = [
     "as_ints",
     "check_patterns",
     "matches",
+    "of_stack",
     "override_of",
     "stacked",
     "stacked_axes",
@@ -47,7 +48,7 @@ Kind = Kernel | Literal["embedding", "vector"]
 
 
 def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Shape) -> Kind | None:
-    """What users say that a leaf is; the first pattern that fits counts."""
+    """What users say that a leaf is; the first pattern that matches counts."""
     pattern = next((pattern for pattern in overrides if matches(pattern, name)), None)
     if pattern is None:
         return None
@@ -56,7 +57,7 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
         return kind
     if not isinstance(kind, Kernel):
         raise TypeError(
-            f"{caller}: {pattern!r} is said to be {kind!r}, expected a Kernel, 'embedding' or "
+            f"{caller}: overrides has {kind!r} for {pattern!r}, expected a Kernel, 'embedding' or "
             "'vector'."
         )
     every = range(len(shape))
@@ -70,7 +71,7 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
             raise ValueError
     except (TypeError, ValueError, IndexError):
         raise ValueError(
-            f"{caller}: {pattern!r} is said to be {kind}, expected axes that {name} of shape "
+            f"{caller}: overrides has {kind} for {pattern!r}, expected axes that {name} of shape "
             f"{shape} has, each once, and blocks that divide the first output axis."
         ) from None
     return Kernel(inputs, outputs, blocks)
@@ -126,6 +127,12 @@ class Stacked:
         return tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
 
 
+def of_stack(axes: int | Iterable[int], ndim: int, stack: Iterable[int]) -> tuple[int, ...]:
+    """The axes of one layer, counted in the leaf that stacks several."""
+    kept = [axis for axis in range(ndim) if axis not in stack]
+    return tuple(sorted(kept[axis] for axis in as_ints(axes)))
+
+
 def stacked_axes(
     caller: str, stacked: str | Mapping[str, int] | None, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[int, ...]]:
@@ -140,7 +147,7 @@ def stacked_axes(
             raise ValueError(
                 f"{caller}: stacked has axis {axis} for {pattern!r}, expected an axis of one size "
                 f"in {some(f'{name} {shape}' for name, shape in inside.items())}. Give a pattern "
-                "that only stacked layers fit."
+                "that only stacked layers match."
             )
         for name, shape in inside.items():
             axes[name].add(axis % len(shape))
@@ -150,13 +157,13 @@ def stacked_axes(
 def check_patterns(
     caller: str, argument: str, patterns: Iterable[str], names: Iterable[str]
 ) -> None:
-    """Refuses a pattern that no leaf fits, which is most likely misspelt."""
+    """Refuses a pattern that matches no leaf, which is most likely misspelt."""
     names = list(names)
     idle = [p for p in patterns if not any(matches(p, name) for name in names)]
     if idle and names:
         raise ValueError(
-            f"{caller}: {argument} has {some(idle)}, which no leaf fits. There are {some(names)}; "
-            "'*' stands for a part of one name, '**' for any number of names."
+            f"{caller}: {argument} has {some(idle)}, which match no leaf. The leaves are "
+            f"{some(names)}; '*' stands for a part of one name, '**' for any number of names."
         )
 
 

@@ -27,7 +27,7 @@ class KeepNormState(NamedTuple):
 
     Attributes:
       radii: the norm that each group keeps, 0 where it keeps none. One vector for all kernels, in
-        the order of the leaves, for a tree shaped like the parameters would be split like them.
+        the order of the leaves: a tree shaped like the parameters would be split like them.
     """
 
     radii: jax.Array
@@ -76,7 +76,7 @@ def keep_norm(
       layers: what each leaf is, as in `layers_of`: what that returned, overrides for it, or None to
         find it from the parameters. Each stacked layer, each expert and each of a kernel's `blocks`
         keeps its own norm.
-      axis: the axes that the norm of a kernel runs over, as in `unit_scale`, in the place of what
+      axis: the axes that the norm of a kernel runs over, as in `unit_scale`, instead of what
         `layers` says. ``axis=0`` keeps the norm of each column of an (input, output) matrix.
       radius: scalar in [0, ∞), R for every group, in the units of the norm; may be traced or
         injected. None takes the norms at `init`. 0 lets all updates pass through.
@@ -98,7 +98,8 @@ def keep_norm(
       number of steps. In bfloat16 it is R within 1 unit: it does not drift, for R is not measured
       again. A group that is zero at `init` passes through, unless `radius` is given. So does a
       group whose update is zero, as between the steps of `optax.MultiSteps`: its parameters stay
-      as they are, bit for bit. A group with NaN or an infinity becomes NaN throughout.
+      as they are, bit for bit. A group with NaN or an infinity becomes NaN throughout, and so does
+      one whose norm at `init` is above 3.4e38, the largest number of float32.
 
       Inside `jax.shard_map` with stacked layers or experts split over devices, each device has the
       radii of its own: call `init` in there too, and split `radii` over those mesh axes.
@@ -210,6 +211,8 @@ def _measure(leaves: list[jax.Array], *, norm: str, kernels: tuple[_Kernel, ...]
     """The norms of all groups."""
     norms = [_norm_of(norm, kernel, x) for x, kernel in zip(leaves, kernels, strict=True)]
     radii = [_whole(value / root / root).ravel() for value, root in norms]
+    # A norm that the radii cannot hold; an infinite one would make zeros of the parameters.
+    radii = [jnp.where(jnp.isinf(x), jnp.nan, x) for x in radii]
     dtype = np.result_type(np.float32, *(x.dtype for x in radii))
     return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype) for x in radii)])
 

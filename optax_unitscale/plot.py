@@ -27,7 +27,7 @@ LAYER, SHORTEST, TALLEST, TEXT = 0.18, 2.4, 14.0, 0.115
 
 
 def norms_table(norms: Mapping[str, Any]) -> "Table":
-    """One step's gradient norms by layer, with those flagged that cannot train with the others.
+    """One step's gradient norms by layer, with a flag where a layer does not train like the rest.
 
     With n a layer's norm, and r its ratio to the median of those that are finite and not zero:
 
@@ -40,13 +40,13 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     exploded    1000 < r < ∞
     ==========  ================================================================
 
-    What is nearer to the median can be healthy: by their sizes alone l2 norms differ a thousandfold
-    between a scalar and a matrix of a million elements.
+    Smaller differences can be healthy: the l2 norms of a scalar and of a matrix of a million
+    elements differ a thousandfold by their sizes alone.
 
     Args:
       norms: what `gradient_norms` or `recorded_norms` returns, or floats by name. An array
-        is a line a slice, "blocks/kernel[3]"; one of more than 128 slices is three, its least,
-        median and largest norm.
+        gives a line for each slice, "blocks/kernel[3]"; one of more than 128 slices gives three,
+        its least, median and largest norm.
 
     Returns:
       A `rich.table.Table`, which a notebook shows as it is, `print` as text and `rich.print` in
@@ -140,7 +140,7 @@ def plot_norms(
     leaves out one norm in two hundred at either end, which then has the colour of that end.
 
     Args:
-      history: a dict a step, each as for `norms_table`, or the dict of arrays that `jax.lax.scan`
+      history: a dict for each step, as for `norms_table`, or the dict of arrays that `jax.lax.scan`
         stacks from them, whose first axis is the step. More than 400 steps share columns, each
         with the geometric mean of its steps; it is zero or not finite where one of them is.
       axes: where to draw, instead of a figure of its own, which is at most 14 inches high. Where
@@ -156,8 +156,8 @@ def plot_norms(
       ModuleNotFoundError: Matplotlib is not installed.
       TypeError: `history` is neither dicts of norms nor a dict of arrays, its names are not
         strings, or its values neither numbers nor arrays.
-      ValueError: there are no steps or no norms, the steps differ in names or shapes, a number
-        stands where one a step is expected, or `axes` belong to no figure.
+      ValueError: there are no steps or no norms, the steps differ in names or shapes, there is one
+        number where one for each step is expected, or `axes` belong to no figure.
 
     Examples:
       One line in a notebook is ``plot_norms(history)``, after a loop that did

@@ -56,10 +56,10 @@ def scale_by_shape(
         names and shapes. A vector has :math:`n_{in} = 1`, and so has an embedding, whose rows are
         vectors of :math:`n_{out}` features. Batch axes, such as those of stacked layers, and
         blocks, such as the groups of a convolution, count in neither.
-      dimension_numbers: as in `optax.contrib.muon`, where it is to win over `layers`: an
+      dimension_numbers: as in `optax.contrib.muon`: an
         `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`, a pytree prefix of the
-        updates of these, or a callable from the updates to one. None stands for what `layers`
-        says; no axes, (), have size 1.
+        updates with such leaves, or a callable from the updates to one. It takes precedence over
+        `layers`; None leaves it to `layers`. No axes, (), have size 1.
 
     Returns:
       A stateless `optax.GradientTransformationExtraArgs`. Its `update` keeps the shape, dtype and
@@ -69,7 +69,7 @@ def scale_by_shape(
       TypeError: a leaf is neither floating nor complex, or `dimension_numbers` holds something
         else.
       ValueError: `rule` is unknown; `layers` or `dimension_numbers` do not fit; what a leaf is
-        cannot be told; or `jax.export` leaves a fan open.
+        cannot be told; or `jax.export` leaves an input or output axis open.
 
     Numerics:
       A factor is a Python float. A leaf is multiplied by it once, in its own dtype. Inside
@@ -77,14 +77,14 @@ def scale_by_shape(
       the part: this transformation belongs outside.
 
     Notes:
-      After `unit_scale` the bound is reached by an update of rank one, and missed by
-      :math:`\sqrt r` by one of r equal singular values; an orthogonal update always reaches it,
-      and so do vectors. Give vectors a tenth of the rate, as `unit_muon` does. A gain differs
-      from a bias: `unit_scale("linf")`, without a factor, is exact for it. An embedding that is
-      also the output layer is read as that by `MuonDimensionNumbers(1, 0)`. Scion takes "muon" for
-      a first layer that sees images, "spectral" for the others and "sign" for the last; see
-      `optax.partition`. For depth, multiply the steps of residual branches by 1 / depth with
-      `optax.masked`.
+      After `unit_scale` an update of rank one reaches the bound, and one of r equal singular
+      values stays below it by a factor of :math:`\sqrt r`. An orthogonal update always reaches it,
+      and so do vectors: give them a tenth of the rate, as `unit_muon` does. A gain differs from a
+      bias: `unit_scale("linf")`, without a factor, is exact for it. For an embedding that is also
+      the output layer, `MuonDimensionNumbers(1, 0)` takes the factor of the output layer. Scion
+      takes "muon" for a first layer that sees images, "spectral" for the others and "sign" for the
+      last; see `optax.partition`. For depth, multiply the steps of residual branches by 1 / depth
+      with `optax.masked`.
 
     Examples:
       A kernel that makes 64 features of 16 may change by √(64/16) = 2, its bias by √64 = 8.

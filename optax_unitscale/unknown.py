@@ -1,12 +1,17 @@
-"""The error about leaves that can be several things: all of them, and the line to write."""
+"""The error about leaves that can be several things: all of them, and the lines to write."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
-from optax_unitscale.overrides import Shape, matches
+from optax_unitscale.conventions import KERNELS, split
+from optax_unitscale.overrides import Kernel, Kind, Shape, matches, of_stack
 
 __all__ = ["explain"]
+
+
+APART, TOGETHER = "a kernel for each projection", "one kernel of all projections"
+# What a leaf can be, the likeliest first, and what each means.
+Readings = list[tuple[Kind, str]]
 
 
 def explain(
@@ -14,81 +19,144 @@ def explain(
     unknown: Sequence[str],
     shapes: Mapping[str, Shape],
     typed: set[str],
-    by_name: Callable[[str, Mapping[str, Shape]], Any],
+    fused: Mapping[str, Kernel],
+    by_name: Callable[[str, Mapping[str, Shape]], Kind | None],
 ) -> str:
-    """Lists what is unknown, and shows by example how to say what it is.
+    """Lists what is unknown, and shows how to say what it is.
 
     Args:
       caller: whose error it is.
       unknown: the names of the leaves.
       shapes: those of all leaves.
       typed: leaves whose modules say what they are; unknown is which axes are stacked layers.
+      fused: kernels that may hold several projections, as one kernel.
       by_name: what a leaf of a name and a shape is, or None.
     """
     lines = [f"{caller}: the name and the shape of these leaves do not show what they are:"]
-    lines += [f"  {name} {shapes[name]}{_doubt(name, shapes[name])}" for name in unknown]
-    stacks = _stacks(unknown, shapes, typed)
-    single = {name: _single(name, shape, stacks) for name, shape in shapes.items()}
-    entries = {}
+    lines += [f"  {name} {shapes[name]}" for name in unknown]
+    stacks = _stacks([name for name in unknown if name not in fused], shapes, typed)
+    axes = {name: () if name in fused else _stack_of(name, stacks) for name in shapes}
+    single = {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in axes[name])
+        for name, shape in shapes.items()
+    }
+    readings: dict[str, Readings] = {}
     for name in unknown:
-        is_said = name in typed or by_name(name, single) is not None
-        if not is_said and not any(matches(p, name) for p in entries):
-            entries[_pattern(name, unknown, shapes)] = _example(name, shapes[name])
-    shown = ", ".join(f'"{pattern}": {kind}' for pattern, kind in entries.items())
+        kind = fused.get(name) or by_name(name, single)
+        found = _readings(name, single[name], kind) if kind or name not in typed else []
+        if found:
+            readings[name] = [
+                (_in_stack(kind, shapes[name], axes[name]), means) for kind, means in found
+            ]
+    entries: dict[str, Readings] = {}
+    for name, found in readings.items():
+        if not any(matches(pattern, name) for pattern in entries):
+            entries[_pattern(name, readings, shapes)] = found
+    shown = ", ".join(f'"{pattern}": {_written(can[0][0])}' for pattern, can in entries.items())
     said = [f"{{{shown}}}"] if entries else []
     if stacks:
-        axes = ", ".join(f'"{above}/**": {axis}' for above, axis in stacks.items())
+        every = ", ".join(f'"{above}/**": {axis}' for above, axis in stacks.items())
         is_first = len(stacks) == 1 and 0 in stacks.values()
-        said.append(f'stacked="{next(iter(stacks))}/**"' if is_first else f"stacked={{{axes}}}")
+        said.append(f'stacked="{next(iter(stacks))}/**"' if is_first else f"stacked={{{every}}}")
     argument = "" if caller == "layers_of" else "layers="
     model = "model" if typed else "params"
-    lines.append(f"Say it, such as {argument}layers_of({model}, {', '.join(said)}).")
-    if "flax.nnx" in sys.modules and not typed:
-        lines.append("A Flax NNX model in place of its parameters, layers_of(model), shows more.")
+    lines.append(f"Write, for example, {argument}layers_of({model}, {', '.join(said)}).")
+    choices = [(pattern, *one) for pattern, can in entries.items() if len(can) > 1 for one in can]
+    if choices:
+        lines.append("A leaf can be two things; for each, keep the line that is right:")
+        lines += [
+            f'  "{pattern}": {_written(kind)},  # {means}' for pattern, kind, means in choices
+        ]
+    if "flax.nnx" in sys.modules and not typed and len(fused) < len(unknown):
+        lines.append("A Flax NNX model shows more than its parameters do: layers_of(model).")
     if all(name.rpartition("/")[2].isdigit() for name in unknown):
         lines.append(
-            "Items of a list have no names. Where they are those of Keras, give a dict with names: "
+            "Items of a list have no names. Give Keras variables as a dict: "
             "{v.path: v.value for v in model.trainable_variables}."
         )
     return "\n".join(lines)
 
 
-def _is_depthwise(name: str, shape: Shape) -> bool:
-    return name.endswith(("kernel", "w")) and len(shape) > 2 and shape[-2:-1] == (1,)
+def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
+    """What a leaf of one layer can be; nothing if it is of the kind, without a doubt."""
+    *_, own, leaf = ["", *name.split("/")]
+    *most, last = range(len(shape))
+    first, *rest = range(len(shape))
+    if kind:
+        apart = split(name, shape, kind) if isinstance(kind, Kernel) else None
+        return [(apart, APART), (kind, TOGETHER)] if apart else []
+    if _is_vector(name):
+        return [("vector", "")]
+    if leaf.startswith("pos") or "embed" in leaf:
+        return [("embedding", "")]
+    conv = Kernel(tuple(most), last)
+    if leaf in KERNELS and len(most) > 1 and shape[-2] == 1:
+        depthwise = conv._replace(blocks=shape[last])
+        return [
+            (depthwise, "depthwise: a kernel for each channel"),
+            (conv, "an ordinary one, of one channel"),
+        ]
+    if "transpose" in name.lower() and len(most) > 1:
+        swapped = Kernel((*most[:-1], last), last - 1)
+        return [(conv, "(..., in, out)"), (swapped, "(..., out, in), as in Keras")]
+    if "depthwise" in name.lower() and len(most) > 1:
+        each = Kernel(tuple(most[:-1]), last)
+        return [(each, "(..., channels, multiplier), as in Keras"), (conv, "(..., in, out)")]
+    if "conv" in name.lower():
+        return [(conv, "")]
+    forward, backward = Kernel(first, tuple(rest)), Kernel(tuple(rest), first)
+    if leaf.isdigit():
+        return [(forward, "")]
+    if leaf == "weight":
+        return [(backward, "(out, in), as in PyTorch and Equinox"), (forward, "(in, out)")]
+    if leaf in KERNELS and len(rest) == 1:
+        return [(forward, "(in, out)"), (backward, "(out, in)")]
+    if len(rest) == 1:
+        return [(forward, "a kernel, (in, out)"), ("embedding", "a table, (rows, features)")]
+    # Such as (3, in, heads, features), or (3, heads, in, features) in einsums.
+    given = 0 if shape[0] > 3 else 2 if "einsum" in own and len(shape) == 4 else 1
+    one = Kernel(given, tuple(axis for axis in range(len(shape)) if axis != given))
+    if apart := split(name, shape, one):
+        return [(apart, APART), (one, TOGETHER)]
+    batch = Kernel(last - 1, last)
+    if own == "out":
+        return [(conv, "a kernel, (heads, features, out)"), (batch, "several kernels, (in, out)")]
+    return [(forward, "a kernel, (in, heads, features)"), (batch, "several kernels, (in, out)")]
+
+
+def _in_stack(kind: Kind, shape: Shape, stack: tuple[int, ...]) -> Kind:
+    if not isinstance(kind, Kernel):
+        return kind
+    inputs, outputs = (of_stack(axes, len(shape), stack) for axes in (kind.inputs, kind.outputs))
+    return Kernel(inputs, outputs, kind.blocks)
+
+
+def _written(kind: Kind) -> str:
+    """As Python, with what can be left out left out."""
+    if not isinstance(kind, Kernel):
+        return f'"{kind}"'
+    inputs, outputs = (
+        axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
+        for axes in (kind.inputs, kind.outputs)
+    )
+    blocks = f", blocks={kind.blocks}" if kind.blocks > 1 else ""
+    return f"Kernel(inputs={inputs}, outputs={outputs}{blocks})"
 
 
 def _is_vector(name: str) -> bool:
     return name.rpartition("/")[2] in ("bias", "b", "scale", "offset")
 
 
-def _doubt(name: str, shape: Shape) -> str:
-    return ": depthwise, or on one channel?" if _is_depthwise(name, shape) else ""
-
-
-def _pattern(name: str, unknown: Sequence[str], shapes: Mapping[str, Shape]) -> str:
-    """A short one that fits no leaf which is known, nor one of another rank."""
+def _pattern(name: str, readings: Mapping[str, Readings], shapes: Mapping[str, Shape]) -> str:
+    """A short one that fits only leaves which can be the same."""
     *_, own, leaf = ["", *name.split("/")]
     numbered = "/".join("*" if part.isdigit() else part for part in name.split("/"))
     for pattern in (f"**/{own}/{leaf}", numbered):
         fits = [other for other in shapes if matches(pattern, other)]
-        is_fit = all(n in unknown and len(shapes[n]) == len(shapes[name]) for n in fits)
+        is_fit = all(readings.get(other) == readings[name] for other in fits)
         if is_fit and own and not own.isdigit():
             return pattern
     return name
-
-
-def _example(name: str, shape: Shape) -> str:
-    leaf = name.rpartition("/")[2]
-    *inputs, last = range(len(shape))
-    if _is_vector(name):
-        return '"vector"'
-    if leaf.startswith("pos") or "embed" in leaf:
-        return '"embedding"'
-    if _is_depthwise(name, shape) or "conv" in name.lower():
-        blocks = f", blocks={shape[last]}" if _is_depthwise(name, shape) else ""
-        return f"Kernel(inputs={tuple(inputs)}, outputs={last}{blocks})"
-    outputs = tuple(range(1, last + 1)) if last > 1 else last
-    return f"Kernel(inputs=0, outputs={outputs})"
 
 
 def _stacks(unknown: Sequence[str], shapes: Mapping[str, Shape], typed: set[str]) -> dict[str, int]:
@@ -115,6 +183,5 @@ def _above(name: str) -> Iterator[str]:
     return ("/".join(names[:depth]) for depth in range(1, len(names)))
 
 
-def _single(name: str, shape: Shape, stacks: Mapping[str, int]) -> Shape:
-    axis = next((axis for above, axis in stacks.items() if name.startswith(f"{above}/")), None)
-    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+def _stack_of(name: str, stacks: Mapping[str, int]) -> tuple[int, ...]:
+    return next(((axis,) for above, axis in stacks.items() if name.startswith(f"{above}/")), ())

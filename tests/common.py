@@ -13,7 +13,7 @@ import oracle
 import pytest
 from jax import export
 
-from optax_unitscale import Layer, layers_of, scale_by_shape, unit_scale
+from optax_unitscale import Kernel, Layer, layers_of, scale_by_shape, unit_scale
 from optax_unitscale.norms import SMALL
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "factors",
     "line_of",
     "program",
+    "readings_of",
     "said",
     "sample",
     "scaled",
@@ -119,6 +120,12 @@ def line_of(error: pytest.ExceptionInfo[ValueError]) -> str:
     found = re.search(r"layers_of\(.*\)", str(error.value))
     assert found
     return found[0]
+
+
+def readings_of(error: pytest.ExceptionInfo[ValueError]) -> list[dict[str, Any]]:
+    """What an error says that leaves can be, as overrides."""
+    lines = re.findall(r"^  (\".*),  # .", str(error.value), re.MULTILINE)
+    return [eval(f"{{{line}}}", {"Kernel": Kernel}) for line in lines]
 
 
 def check_group(

@@ -109,7 +109,7 @@ def test_layers_of_a_list_of_arrays_are_refused():
 
 
 def test_a_pattern_of_stacked_layers_that_fits_nothing_is_refused():
-    text = "stacked has ['blocks/**'], which no leaf fits. There are ['a']; '*' stands for"
+    text = "stacked has ['blocks/**'], which match no leaf. The leaves are ['a']; '*' stands for"
     refuse(ValueError, text, ONE, axis=stacked("blocks/**"))
     with pytest.raises(ValueError, match=r"stacked: 'a' of shape \(2, 3\) has no axis 2\. Change"):
         scaled(ONE, axis=stacked("*", axis=2))

@@ -111,8 +111,8 @@ MANY = dict.fromkeys(map(str, range(100)), 1.0)
         ([], "there are no norms, expected at least one of one step"),
         ([{}], "there are no norms"),
         ({"a": np.zeros(0)}, "there are no norms"),
-        ({"a": 1.0}, r"history\['a'\] is one number, expected one a step. Put the dict of a"),
-        ({"a": np.ones(3), "b": np.ones(2)}, r"arrays of \[2, 3\] steps, expected as many in each"),
+        ({"a": 1.0}, r"history\['a'\] is one number, expected one for each step. Put"),
+        ({"a": np.ones(3), "b": np.ones(2)}, r"arrays of \[2, 3\] steps, expected the same number"),
         ([{"a": 1.0}, {"a": np.ones(2)}], r"'a' has shapes \[\(\), \(2,\)\] at different steps"),
         (
             [{"a": 1.0}, {"b": 1.0}],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import line_of, said, shapes, short
+from common import line_of, readings_of, said, shapes, short
 from flax import linen as nn
 from flax import nnx
 
@@ -262,11 +262,14 @@ class Gemma(nnx.Module):
 
 def test_einsums_are_read_by_their_equation_or_by_overrides():
     model = nnx.eval_shape(lambda: Gemma(nnx.Rngs(0)))
-    expected = {"kv/kernel": "2 > 0 1 3", "out/kernel": "0 1 > 2"}
+    expected = {"kv/kernel": "2 > 1 3 [0]", "out/kernel": "0 1 > 2"}
     expected["experts/kernel"] = "1 > 2 [0]"
-    with pytest.raises(ValueError, match=r"what they are:\n  gain/kernel \(16, 4\)\nSay it"):
+    with pytest.raises(ValueError, match=r"are:\n  gain/kernel \(16, 4\)\n  kv/kernel") as error:
         layers_of(model)
-    assert said(model, {"gain/*": "vector"}) == expected
+    *gain, separate, one = readings_of(error)
+    assert gain == [{"**/gain/kernel": Kernel(0, 1)}, {"**/gain/kernel": Kernel(1, 0)}]
+    assert said(model, {"gain/*": "vector", **separate}) == expected
+    assert said(model, {"gain/*": "vector", **one}) == expected | {"kv/kernel": "2 > 0 1 3"}
     params = {"kv_einsum": shapes(w=(2, 1, 16, 8)), "mlp": shapes(gating_einsum=(2, 16, 32))}
     with pytest.raises(ValueError, match=r"kv_einsum/w .*\n  mlp/gating_einsum"):
         layers_of(params)
@@ -305,10 +308,86 @@ def test_depthwise_convolutions_are_known_by_types_and_refused_by_names():
     # Each output sees 3 times 3 inputs.
     assert layers["layers/0/kernel"].fans((3, 3, 1, 512)) == (9, 1)
     assert short(layers["layers/2/kernel"]) == "0 2 > 1"
-    with pytest.raises(ValueError, match="depthwise, or on one channel") as error:
-        layers_of({"conv1": shapes(kernel=(3, 3, 1, 512), bias=(512,))})
-    line = 'layers_of(params, {"**/conv1/kernel": Kernel(inputs=(0, 1, 2), outputs=3, blocks=512)})'
-    assert line_of(error) == line
+    params = {n: {"dw": shapes(kernel=(3, 3, 1, n), bias=(n,))} for n in (8, 512)}
+    with pytest.raises(
+        ValueError, match=r"keep the line that is right:\n  .*, {2}# depthwise"
+    ) as error:
+        layers_of(params)
+    # A name for each, for they differ in their blocks.
+    deep8, one8, deep512, one512 = readings_of(error)
+    assert said(params, deep8 | one512) == {
+        "8/dw/kernel": "0 1 2 > 3 *8",
+        "512/dw/kernel": "0 1 2 > 3",
+    }
+    assert said(params, one8 | deep512)["512/dw/kernel"] == "0 1 2 > 3 *512"
+
+
+def haiku_linears(names):
+    net = hk.transform(lambda x: [hk.Linear(24, name=name)(x) for name in names])
+    return net.init(KEY, jnp.ones((1, 8)))
+
+
+LINEARS: dict[str, Any] = {
+    "nnx": lambda names: nnx.Dict({n: nnx.Linear(8, 24, rngs=nnx.Rngs(0)) for n in names}),
+    "linen": lambda names: {n: nn.Dense(24).init(KEY, jnp.ones((1, 8)))["params"] for n in names},
+    "equinox": lambda names: {n: eqx.nn.Linear(8, 24, key=KEY) for n in names},
+    "haiku": haiku_linears,
+}
+LEAVES = {"equinox": ("weight", "1 > 0"), "haiku": ("w", "0 > 1")}
+
+
+@pytest.mark.parametrize("library", LINEARS)
+@pytest.mark.parametrize("name", ["qkv", "c_attn", "in_proj", "query_key_value", "Wqkv"])
+def test_fused_projections_are_refused_with_a_line_for_each_reading(name, library):
+    model = LINEARS[library]([name, "up"])
+    leaf, axes = LEAVES.get(library, ("kernel", "0 > 1"))
+    with pytest.raises(
+        ValueError, match=rf"what they are:\n  {name}/{leaf} \S+ \S+\nWrite"
+    ) as error:
+        layers_of(model)
+    separate, one = readings_of(error)
+    assert said(model, separate) == {f"{name}/{leaf}": f"{axes} *3", f"up/{leaf}": axes}
+    assert said(model, one) == {f"{name}/{leaf}": axes, f"up/{leaf}": axes}
+
+
+def test_fused_projections_in_a_stack_are_refused_by_the_axes_of_the_whole_leaf():
+    params = {"blocks": {"qkv": shapes(kernel=(5, 8, 24), bias=(5, 24))}}
+    with pytest.raises(ValueError, match="qkv/kernel") as error:
+        layers_of(params)
+    line = '{"**/qkv/kernel": Kernel(inputs=1, outputs=2, blocks=3)}, stacked="blocks/**"'
+    assert line_of(error) == f"layers_of(params, {line})"
+
+    @nnx.split_rngs(splits=5)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Linear(8, 24, rngs=rngs)
+
+    model = nnx.Dict(qkv=make(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="qkv/kernel") as error:
+        layers_of(model)
+    assert line_of(error) == f"layers_of(model, {line.partition('}')[0]}}})"
+
+
+def test_widths_tell_what_is_fused_where_names_do_not():
+    # Mamba's in_proj; a key and a value of other widths; GPT-2's in Hugging Face's Flax, (out, in).
+    params = {"in_proj": shapes(kernel=(9, 36)), "kv": shapes(kernel=(8, 5))}
+    assert said(params) == {"in_proj/kernel": "0 > 1", "kv/kernel": "0 > 1"}
+    with pytest.raises(ValueError, match="c_attn/kernel") as error:
+        layers_of({"c_attn": shapes(kernel=(24, 8))})
+    separate, _ = readings_of(error)
+    assert said({"c_attn": shapes(kernel=(24, 8))}, separate) == {"c_attn/kernel": "1 > 0 *3"}
+
+
+def test_kerass_gru_is_known_by_its_names_and_its_depthwise_kernels_are_refused():
+    cell = shapes(kernel=(8, 48), recurrent_kernel=(16, 48), bias=(2, 48))
+    gates = {"gru_cell/kernel": "0 > 1 *3", "gru_cell/recurrent_kernel": "0 > 1 *3"}
+    assert said({"gru_cell": cell}) == gates
+    params = {"depthwise_conv2d": shapes(kernel=(3, 3, 8, 2), bias=(16,))}
+    with pytest.raises(ValueError, match="as in Keras") as error:
+        layers_of(params)
+    each, ordinary = readings_of(error)
+    assert said(params, each) == {"depthwise_conv2d/kernel": "0 1 > 3 [2]"}
+    assert said(params, ordinary) == {"depthwise_conv2d/kernel": "0 1 2 > 3"}
 
 
 def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import line_of, said, shapes, short
+from common import line_of, readings_of, said, shapes, short
 from flax import nnx
 
 from optax_unitscale import Kernel, Layers, layers_of, layers_table
@@ -16,6 +16,9 @@ from optax_unitscale.layers import layers_in
 
 REFUSED: dict[str, Any] = {
     "fused": {"qkv": shapes(kernel=(64, 3, 4, 16))},
+    "fused, first": {"qkv_einsum": shapes(w=(3, 4, 64, 16)), "kv": shapes(kernel=(2, 64, 64))},
+    "depthwise": {"Conv_0": shapes(kernel=(3, 3, 1, 64))},
+    "matrix": {"code": shapes(book=(16, 64))},
     "stack": {"ConvNeXt_0": shapes(kernel=(3, 16, 64))},
     "stacked attention": {n: shapes(kernel=(3, 16, 16)) for n in ("query", "key", "value", "out")},
     "stacked bias": shapes(bias=(3, 64)),
@@ -39,7 +42,11 @@ def test_what_can_be_several_things_is_refused(tree):
     assert "known" not in str(error.value)
     # The line that it says to write is one that can be run.
     context = {"layers_of": layers_of, "Kernel": Kernel, "params": params}
-    assert len(eval(line_of(error), context)) == len(layers_of(params, {"**": "vector"}))
+    known = eval(line_of(error), context)
+    assert len(known) == len(layers_of(params, {"**": "vector"}))
+    # So is each other reading.
+    for other in readings_of(error):
+        assert layers_of(params, {**other, "**": "vector"}) != layers_of(params, {"**": "vector"})
 
 
 def test_lists_without_names_are_refused_with_the_names_of_keras():
@@ -64,14 +71,14 @@ WRONG_AXES = [(0, 2), (0, 0), ((0, 1), -1), ((), ()), (True, 0), (0, 1, 3), (0, 
 def test_overrides_that_do_not_fit_are_refused(wrong):
     is_kernel = isinstance(wrong, Kernel)
     expected = "axes that a/kernel of shape (6, 4) has" if is_kernel else "a Kernel, 'embedding' or"
-    text = re.escape(f"layers_of: '**/kernel' is said to be {wrong!r}, expected {expected}")
+    text = re.escape(f"layers_of: overrides has {wrong!r} for '**/kernel', expected {expected}")
     with pytest.raises(ValueError if is_kernel else TypeError, match=text):
         layers_of(ONE, {"**/kernel": wrong})
 
 
 def test_patterns_that_fit_nothing_or_what_is_no_stack_are_refused():
     for argument in ("overrides", "stacked"):
-        text = re.escape(f"{argument} has ['b/**'], which no leaf fits. There are ['a/")
+        text = re.escape(f"{argument} has ['b/**'], which match no leaf. The leaves are ['a/")
         options: Any = {argument: {"b/**": 0}}
         with pytest.raises(ValueError, match=text):
             layers_of(ONE, **options)

@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 import pytest
 from common import EMPTY, compilations, exported_for, sample
+from jax import export
 
 from optax_unitscale import Kernel
 from optax_unitscale.coefficients import COEFFICIENTS
@@ -213,6 +214,20 @@ def test_derivatives_are_those_of_the_products_and_finite_at_zero(coefficients):
     ahead, behind = (np.sum(expected(x + s, coefficients) ** 3) for s in (step, -step))
     slope = np.sum(np.asarray(gradient(x.astype(np.float32)), np.float64) * direction)
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-3, atol=1e-3)
+
+
+def test_axes_of_the_data_may_be_open_under_export_and_those_of_kernels_may_not():
+    kernel, (n,) = jax.ShapeDtypeStruct((4, 6), np.float32), export.symbolic_shape("n")
+
+    def step(kernel, x):
+        return orthogonal({"x": jax.grad(lambda kernel: jnp.sum((x @ kernel) ** 3))(kernel)})["x"]
+
+    exported = export.export(jax.jit(step))(kernel, jax.ShapeDtypeStruct((n, 4), np.float32))
+    kernel, x = sample((4, 6), np.float32), sample((9, 4), np.float32)
+    np.testing.assert_allclose(exported.call(kernel, x), step(kernel, x), atol=1e-5)
+    stack = {"x": jax.ShapeDtypeStruct((n, 4, 6), np.float32)}
+    with pytest.raises(ValueError, match=r"orthogonalize: .*shape \(n, 4, 6\), expected numbers"):
+        export.export(jax.jit(lambda tree: orthogonal(tree, STACK)))(stack)
 
 
 def test_it_works_inside_vmap_and_scan():

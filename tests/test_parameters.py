@@ -123,6 +123,13 @@ def test_groups_of_zeros_pass_through_and_nan_stays_in_its_group():
     assert np.isfinite(np.delete(update, [4, 5], 0)).all()
 
 
+def test_a_norm_that_float32_does_not_hold_gives_nan_and_no_zeros():
+    params = {"kernel": np.full((4, 4), 3e38, np.float32), "other/kernel": np.eye(2)}
+    after, _ = stepped(params, {"kernel": -0.1 * params["kernel"], "other/kernel": np.ones((2, 2))})
+    assert np.isnan(after["kernel"]).all()
+    assert abs(np.linalg.norm(after["other/kernel"]) - 2**0.5) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_multi_steps_inside_or_outside_changes_nothing_between_its_steps(dtype):
     params = {"kernel": jnp.asarray(draw((16, 16)), dtype)}

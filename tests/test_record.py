@@ -54,6 +54,16 @@ WRAPPED = {
 }
 
 
+def test_under_debug_nans_init_needs_an_exception_and_steps_none():
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match="nan"):
+            record_norms().init(PARAMS)
+        with jax.debug_nans(False):
+            state = OPTIMIZER.init(PARAMS)
+        _, state = jax.jit(OPTIMIZER.update)(ONES, state, PARAMS)
+        assert floats(recorded_norms(state, PARAMS)) == {"a": 2, "b": 3}
+
+
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_the_norms_are_nan_until_a_gradient_comes_through_and_then_its_own(wrapper):
     optimizer, factors, expected = WRAPPED[wrapper]

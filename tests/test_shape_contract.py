@@ -130,7 +130,7 @@ def test_leaves_that_could_be_several_things_are_an_error_at_init_too():
     tree = {"conv": shapes(kernel=(3, 3, 1, 512))}
     text = "the name and the shape of these leaves do not show what they are:\n  conv/kernel (3, "
     refuse(ValueError, text, tree)
-    with pytest.raises(ValueError, match=r"\nSay it, such as layers=layers_of\(params, \{"):
+    with pytest.raises(ValueError, match=r"\nWrite, for example, layers=layers_of\(params, \{"):
         scale_by_shape().init(tree)
 
 
