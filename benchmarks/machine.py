@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-__all__ = ["about", "cores", "versions"]
-
 
 def about(*packages: str) -> dict[str, Any]:
     """Python's version, those of packages, and the device."""
@@ -21,13 +19,8 @@ def about(*packages: str) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The version of each package, None where it is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(packages)
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {x.name.lower(): x.version for x in importlib.metadata.distributions() if x.name}
+    return {package: installed.get(package) for package in packages}
 
 
 def cores() -> int:

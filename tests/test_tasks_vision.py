@@ -12,8 +12,8 @@ from flax import nnx
 
 from benchmarks import tasks
 from benchmarks.__main__ import main
+from benchmarks.models.classifiers import MLP
 from benchmarks.models.detector import STRIDE, Detector
-from benchmarks.models.mlp import MLP
 from benchmarks.runs import Log
 from benchmarks.tasks import exploding, image_classification, object_detection, vanishing
 from benchmarks.tasks.shared.detection import (
@@ -196,6 +196,9 @@ def test_a_short_run_shows_what_the_model_sees(name, shown, tmp_path):
     (result,) = log.of("result", "unit_scale")
     assert all(0 <= result[split] <= 100 for split in ("train", "validation", "test"))
     assert shown in log.of("sample", "unit_scale")[0]["text"]
-    image = matplotlib.image.imread(tmp_path / "sample_unit_scale.png")
-    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+    picture = tmp_path / "sample_unit_scale.png"
+    assert picture.exists() == (name == "object_detection")
+    if picture.exists():
+        image = matplotlib.image.imread(picture)
+        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
     jax.clear_caches()
