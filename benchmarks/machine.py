@@ -1,5 +1,6 @@
 """What computes: Python, packages, device and cores, for the files that hold results."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -19,8 +20,11 @@ def about(*packages: str) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The version of each package, None where it is not installed."""
-    installed = {x.name.lower(): x.version for x in importlib.metadata.distributions() if x.name}
-    return {package: installed.get(package) for package in packages}
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def cores() -> int:

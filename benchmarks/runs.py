@@ -19,6 +19,7 @@ Entry = dict[str, Any]
 _NUMBER = int | float | None
 _STEP = {"optimizer": str, "step": int}
 _TRIED = {"optimizer": str, "learning_rate": int | float, "seed": int}
+_TRIAL = {**_TRIED, "losses": list, "curve": list, "results": dict}
 KINDS: dict[str, Mapping[str, Any]] = {
     "run": {**_TRIED, "task": str, "steps": int},
     "step": {**_STEP, "loss": _NUMBER, "seconds": int | float, "norms": dict},
@@ -26,7 +27,7 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "result": {"optimizer": str, "train": _NUMBER, "validation": _NUMBER, "test": _NUMBER},
     "sample": {"optimizer": str, "text": str},
     "sweep": {},
-    "trial": {**_TRIED, "losses": list, "curve": list, "results": dict, "reached": int | None},
+    "trial": {**_TRIAL, "reached": int | None, "seconds": _NUMBER},
 }
 
 

@@ -21,11 +21,19 @@ from benchmarks.tasks import language_modelling
 pytestmark = pytest.mark.slow
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    batch = functools.partial(language_modelling.load().batch, batch_size=4, rows=slice(None))
-    np.testing.assert_array_equal(batch(seed=3, step=5), batch(seed=3, step=5))
-    assert not np.array_equal(batch(seed=3, step=5), batch(seed=3, step=6))
-    assert not np.array_equal(batch(seed=3, step=5), batch(seed=4, step=5))
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_batch_is_a_function_of_seed_and_step_and_made_of_its_rows(name):
+    batch = functools.partial(tasks.load(name).batch, batch_size=6)
+
+    def arrays(seed, step, rows: tasks.Rows = slice(None)):
+        return jax.tree.leaves(batch(seed, step, rows=rows))
+
+    whole, again, part = arrays(3, 5), arrays(3, 5), arrays(3, 5, np.array([1, 4]))
+    for array, same, rows in zip(whole, again, part, strict=True):
+        assert len(array) == 6
+        np.testing.assert_array_equal(array, same)
+        np.testing.assert_array_equal(array[np.array([1, 4])], rows)
+    assert not any(np.array_equal(whole[0], arrays(*other)[0]) for other in ((3, 6), (4, 5)))
 
 
 def test_weights_are_a_function_of_the_seed():

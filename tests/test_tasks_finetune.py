@@ -213,16 +213,6 @@ def test_an_example_is_a_question_and_then_its_passage(checkpoint):
     assert start.replace(" ##", "") == part[0].question
 
 
-def test_a_batch_is_a_function_of_seed_and_step_and_made_of_its_rows():
-    batch = finetune.load().batch
-    whole, again = (jax.tree.leaves(batch(3, 5, 8, slice(None))) for _ in range(2))
-    part = jax.tree.leaves(batch(3, 5, 8, np.array([1, 6])))
-    for array, same, rows in zip(whole, again, part, strict=True):
-        np.testing.assert_array_equal(array, same)
-        np.testing.assert_array_equal(array[np.array([1, 6])], rows)
-    assert not np.array_equal(whole[0], jax.tree.leaves(batch(3, 6, 8, slice(None)))[0])
-
-
 def test_a_few_steps_of_unit_scale_lower_the_loss_and_change_the_last_blocks_alone():
     task = finetune.load()
     model = task.model(0)

@@ -33,13 +33,14 @@ def _read(turns: list[list[dict[str, str]]]) -> list[Pair]:
 
 
 @functools.cache
-def pairs() -> Pairs:
-    """The turns as tokens."""
-    return Pairs(splits(), prompt=20, completion=20)
-
-
 def load() -> Task:
     """Reads the conversations."""
     # The target is what AdamW reached in a pilot of half the steps.
     metric = "perplexity of a reply's tokens"
-    return make_task(pairs(), metric=metric, higher_is_better=False, target=340.0, shown=6)
+    return make_task(
+        Pairs(splits(), prompt=20, completion=20),
+        metric=metric,
+        higher_is_better=False,
+        target=340.0,
+        shown=6,
+    )

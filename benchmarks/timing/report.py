@@ -60,7 +60,7 @@ def plot_sizes(rows: Sequence[Row]) -> Figure:
     """Time of transformation and step against parameters: a row a scope, a column a dtype."""
     scopes = dict.fromkeys(r["scope"] for r in rows if r["scope"] != "ceiling")
     dtypes = dict.fromkeys(r["dtype"] for r in rows)
-    figure, grid = panels(len(scopes) * len(dtypes), len(dtypes), (5.6, 3.4))
+    figure, grid = panels(len(scopes) * len(dtypes), len(dtypes), (5, 3.4))
     for axes, (scope, dtype) in zip(grid, itertools.product(scopes, dtypes), strict=True):
         own = [r for r in rows if (r["scope"], r["dtype"]) == (scope, dtype)]
         if own:
@@ -75,7 +75,8 @@ def plot_sizes(rows: Sequence[Row]) -> Figure:
             least = [row["share"]["median"] * _seconds(row) for row in ours]
             at = [row["parameters"] for row in ours]
             axes.plot(at, least, "--_", color="black", label=label, zorder=4)
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+            if dtype == rows[-1]["dtype"]:
+                axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
         axes.set(title=f"{scope}, {dtype}", ylabel="seconds", xlabel="parameters")
         _ticks(axes, {row["parameters"]: row["model"] for row in rows})
     return figure

@@ -50,7 +50,15 @@ class Layout:
 
     def place(self, tree: Any) -> Any:
         """Puts a tree that is equal on all processes where `shardings` says."""
-        return tree if self.mesh is None else jax.device_put(tree, self.shardings(tree))
+        if self.mesh is None:
+            return tree
+        # Not device_put, for which no NaN, as norms before the first gradient are, equals another.
+        make = jax.make_array_from_callback
+        return jax.tree.map(
+            lambda x, split: make(x.shape, split, np.asarray(x).__getitem__),
+            tree,
+            self.shardings(tree),
+        )
 
     def rows(self, batch_size: int) -> slice | np.ndarray:
         """The rows of a batch that this process's devices hold, in ascending order."""
