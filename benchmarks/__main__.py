@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from benchmarks import interrupt
 from benchmarks.arguments import Parser, UsageError
 
-__all__ = ["main"]
-
 # Each is a module of benchmarks.commands, with `add_arguments` and `run`.
 COMMANDS = {
     "train": "train a model with several optimizers and compare them",
@@ -23,26 +21,19 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2, after one line, where it cannot be done."""
-    parser = Parser(
-        prog="python -m benchmarks",
-        description="Experiments with unit_scale.",
-        allow_abbrev=False,
-    )
+    about = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser("python -m benchmarks", description="Experiments with unit_scale.", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Importing a command takes seconds, in which Ctrl-C must work too.
-    with interrupt.immediate():
+    with interrupt.deferred(at_once=True):
+        # Figures go to files; a desktop's windows would come between.
+        importlib.import_module("matplotlib").use("Agg")
         for name, summary in COMMANDS.items():
             module = importlib.import_module(f"benchmarks.commands.{name}")
-            subparser = commands.add_parser(
-                name,
-                help=summary,
-                description=module.__doc__,
-                epilog=getattr(module, "EPILOG", None),
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-            module.add_arguments(subparser)
-            subparser.set_defaults(error=subparser.error, run=module.run)
+            about |= {"description": module.__doc__, "epilog": getattr(module, "EPILOG", None)}
+            command = commands.add_parser(name, help=summary, **about)
+            module.add_arguments(command)
+            command.set_defaults(error=command.error, run=module.run)
         options = parser.parse_args(arguments)
         try:
             return options.run(options)

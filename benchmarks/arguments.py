@@ -3,13 +3,8 @@
 import argparse
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
-
-__all__ = ["Parser", "UsageError", "add_out", "add_several", "count", "mesh_sizes", "positive"]
-
-# More steps, examples or rounds than anyone waits for.
-MOST = 10**9
 
 
 class UsageError(Exception):
@@ -24,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+def count(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
     """A parser of whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
@@ -48,36 +43,29 @@ def positive(text: str) -> float:
     return value
 
 
-def mesh_sizes(axes: Sequence[str]) -> Callable[[str], dict[str, int]]:
-    """A parser of the sizes of a mesh's axes, such as "data=2,fsdp=4", each at most once."""
-    size = count()
-
-    def parse(text: str) -> dict[str, int]:
-        pairs = [part.partition("=")[::2] for part in text.split(",")]
-        try:
-            sizes = {axis: size(number) for axis, number in pairs}
-        except argparse.ArgumentTypeError:
-            sizes = {}
-        if len(sizes) < len(pairs) or not set(sizes) <= set(axes):
-            example = ",".join(f"{axis}=2" for axis in axes)
-            raise argparse.ArgumentTypeError(f"expected sizes such as {example}, got {text!r}")
-        return sizes
-
-    return parse
-
-
-def add_several(
-    parser: argparse.ArgumentParser, name: str, what: str, default: str, **more: Any
+def add(
+    parser: argparse.ArgumentParser,
+    option: str,
+    what: str,
+    kind: Callable[[str], Any] = str,
+    *,
+    several: str = "",
+    default: Any = None,
+    **more: Any,
 ) -> None:
-    """Declares an option that is repeated for several values."""
-    text = f"{what}; repeat it for several (default: {default})"
-    parser.add_argument(name, action="append", help=text, **more)
+    """Declares an option, such as "--steps N"; `several` is the default of one that is repeated."""
+    name, _, metavar = option.partition(" ")
+    if several:
+        more["action"], what = "append", f"{what}; repeat it for several (default: {several})"
+    elif default is not None:
+        what += f" (default: {default})"
+    more |= {"type": kind, "default": default, "metavar": metavar or None}
+    parser.add_argument(name, help=what.replace("%", "%%"), **more)
 
 
 def add_out(parser: argparse.ArgumentParser, what: str, resumed: str = "") -> None:
     """Declares --out, the folder of `what`, and for what can go on, such as "run", --resume."""
-    text = f"folder for {what} (default: a new one under runs/)"
-    parser.add_argument("--out", type=_folder, metavar="DIR", help=text)
+    add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", _folder)
     if resumed:
         text = f"go on where the {resumed} in --out, or the newest under runs/, stopped"
         parser.add_argument("--resume", action="store_true", help=text)

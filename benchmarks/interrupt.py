@@ -4,44 +4,28 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-__all__ = ["INTERRUPTED", "deferred", "immediate"]
 
 # The exit status that shells give a command that Ctrl-C ended.
 INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def immediate() -> Iterator[None]:
-    """Ctrl-C ends the process, for times when there is nothing to tidy up."""
-    with _handled(lambda *_: os._exit(INTERRUPTED)):
-        yield
-
-
-@contextlib.contextmanager
-def deferred() -> Iterator[threading.Event]:
+def deferred(*, at_once: bool = False) -> Iterator[threading.Event]:
     """Ctrl-C sets the event, for the body to stop where it is safe; a second one ends the process.
 
-    Yields:
-      The event.
+    With `at_once` the first one does, for times when there is nothing to tidy up.
     """
     stop = threading.Event()
 
     def handler(*_: Any) -> None:
-        if stop.is_set():
+        if at_once or stop.is_set():
             os._exit(INTERRUPTED)
         stop.set()
 
-    with _handled(handler):
-        yield stop
-
-
-@contextlib.contextmanager
-def _handled(handler: Callable[..., None]) -> Iterator[None]:
     previous = signal.signal(signal.SIGINT, handler)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGINT, previous)

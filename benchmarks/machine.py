@@ -1,13 +1,12 @@
 """What computes: Python, packages, device and cores, for the files that hold results."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 from typing import Any
 
 import jax
-
-__all__ = ["about", "cores", "versions"]
 
 
 def about(*packages: str) -> dict[str, Any]:
@@ -23,10 +22,8 @@ def versions(*packages: str) -> dict[str, str | None]:
     """The version of each package, None where it is not installed."""
     found: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

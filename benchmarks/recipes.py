@@ -11,19 +11,11 @@ import optax
 
 from optax_unitscale import unit_scale
 
-__all__ = [
-    "block_normalized_sgd",
-    "column_normalized_sgd",
-    "lars",
-    "normalized_sgd",
-    "sinkhorn_sgd",
-    "sngm",
-]
+Rate = optax.ScalarOrSchedule
+Recipe = optax.GradientTransformationExtraArgs
 
 
-def normalized_sgd(
-    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def normalized_sgd(learning_rate: Rate, momentum: float = 0.9) -> Recipe:
     r"""Momentum, then the whole of it to unit norm: provably good with small batches.
 
     .. math:: m_1 = g_1, \quad m_t = \beta m_{t-1} + (1 - \beta) g_t, \quad
@@ -45,9 +37,7 @@ def normalized_sgd(
     )
 
 
-def sngm(
-    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def sngm(learning_rate: Rate, momentum: float = 0.9) -> Recipe:
     r"""The whole gradient to unit norm, then momentum: for large batches.
 
     .. math:: u_t = \beta u_{t-1} + g_t / \|g_t\|, \quad \theta_{t+1} = \theta_t - \alpha u_t
@@ -58,9 +48,7 @@ def sngm(
     return optax.chain(unit_scale(scope="global"), optax.sgd(learning_rate, momentum))
 
 
-def block_normalized_sgd(
-    learning_rate: optax.ScalarOrSchedule, layers: Any, momentum: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def block_normalized_sgd(learning_rate: Rate, layers: Any, momentum: float = 0.9) -> Recipe:
     r"""Each layer's gradient, its kernel and bias together, to unit norm, then momentum.
 
     .. math:: u_t^i = \beta u_{t-1}^i + g_t^i / \|g_t^i\|, \quad
@@ -75,9 +63,7 @@ def block_normalized_sgd(
     return optax.chain(unit_scale(scope=layers), optax.sgd(learning_rate, momentum))
 
 
-def sinkhorn_sgd(
-    learning_rate: optax.ScalarOrSchedule, iterations: int = 5
-) -> optax.GradientTransformationExtraArgs:
+def sinkhorn_sgd(learning_rate: Rate, iterations: int = 5) -> Recipe:
     r"""SinkGD: rows and columns of each matrix in turn to one norm. For matrices only.
 
     .. math:: X \leftarrow \sqrt n \, Q(X)^{-1} X, \quad X \leftarrow \sqrt m \, X R(X)^{-1}
@@ -93,9 +79,7 @@ def sinkhorn_sgd(
     return optax.chain(*rows_and_columns * iterations, optax.scale_by_learning_rate(learning_rate))
 
 
-def column_normalized_sgd(
-    learning_rate: optax.ScalarOrSchedule, labels: Any, momentum: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def column_normalized_sgd(learning_rate: Rate, labels: Any, momentum: float = 0.9) -> Recipe:
     r"""SCALE: what leads to each output to unit norm, momentum for the last layer only.
 
     .. math:: m_t = \beta m_{t-1} + (1 - \beta) g_t \text{ in the last layer, else } g_t, \quad
@@ -116,9 +100,7 @@ def column_normalized_sgd(
     )
 
 
-def lars(
-    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, trust: float = 1e-3
-) -> optax.GradientTransformationExtraArgs:
+def lars(learning_rate: Rate, momentum: float = 0.9, trust: float = 1e-3) -> Recipe:
     r"""LARS without weight decay: each step in proportion to the parameter's norm.
 
     .. math:: v_t = \beta v_{t-1} + \alpha \eta \|\theta_t\| \, g_t / \|g_t\|, \quad

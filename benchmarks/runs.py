@@ -4,9 +4,7 @@ import contextlib
 import datetime
 import json
 import pathlib
-import tempfile
-import types
-import typing
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,44 +12,30 @@ import filelock
 
 from benchmarks.arguments import UsageError
 
-__all__ = ["Entry", "Log", "fits", "folder", "read", "write"]
-
 RUNS = pathlib.Path("runs")
 Entry = dict[str, Any]
 
 # What the entries of each kind hold at least; None stands for what is no finite number.
-_NUMBER = float | None
-_SPLITS = {"train": _NUMBER, "validation": _NUMBER, "test": _NUMBER}
+_NUMBER = int | float | None
 _STEP = {"optimizer": str, "step": int}
+_TRIED = {"optimizer": str, "learning_rate": int | float, "seed": int}
+_TRIAL = {**_TRIED, "losses": list, "curve": list, "results": dict}
 KINDS: dict[str, Mapping[str, Any]] = {
-    "run": {"optimizer": str, "task": str, "steps": int, "seed": int, "learning_rate": float},
-    "step": {**_STEP, "loss": _NUMBER, "seconds": float, "norms": dict[str, _NUMBER]},
+    "run": {**_TRIED, "task": str, "steps": int},
+    "step": {**_STEP, "loss": _NUMBER, "seconds": int | float, "norms": dict},
     "evaluation": {**_STEP, "value": _NUMBER},
-    "result": {"optimizer": str, **_SPLITS},
+    "result": {"optimizer": str, "train": _NUMBER, "validation": _NUMBER, "test": _NUMBER},
     "sample": {"optimizer": str, "text": str},
     "sweep": {},
-    "trial": {
-        "optimizer": str,
-        "learning_rate": float,
-        "seed": int,
-        "losses": list[_NUMBER],
-        "curve": list[_NUMBER],
-        "results": _SPLITS,
-        "reached": int | None,
-        "seconds": _NUMBER,
-    },
+    "trial": {**_TRIAL, "reached": int | None, "seconds": _NUMBER},
 }
 
 
 class Log:
     """The entries of a JSON Lines file: one object a line, each line whole or absent.
 
-    Attributes:
-      writes: whether changes reach the file. Of several processes one writes; the others keep the
-        same entries in memory.
-
-    Raises:
-      UsageError: a line is no entry.
+    Of several processes one `writes`; the others keep the same `entries` in memory. A line that is
+    no entry raises a UsageError.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -63,8 +47,7 @@ class Log:
         for number, line in enumerate(lines[:-1], 1):
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                kind = KINDS.get(entry["kind"]) if fits(entry, {"kind": str}) else None
-                if kind is not None and fits(entry, kind):
+                if fits(entry, {"kind": str}) and fits(entry, KINDS.get(entry["kind"])):
                     self.entries.append(entry)
             if len(self.entries) < number:
                 raise UsageError(
@@ -90,44 +73,37 @@ class Log:
         return [e for e in self.entries if (e["kind"], e.get("optimizer")) == (kind, optimizer)]
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a type; a mapping or annotated class says keys' types."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return any(fits(value, argument) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(fits(x, arguments[0]) for x in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(x, arguments[1]) for x in value.values())
-    if isinstance(hint, type) and not typing.get_type_hints(hint):
-        return isinstance(value, (int, float) if hint is float else hint)
-    keys = hint if isinstance(hint, Mapping) else typing.get_type_hints(hint)
-    return isinstance(value, dict) and all(
-        k in value and fits(value[k], h) for k, h in keys.items()
+def fits(value: Any, types: Mapping[str, Any] | None) -> bool:
+    """Whether a value from JSON has all these keys, with values of these types."""
+    return (
+        isinstance(value, dict)
+        and types is not None
+        and all(key in value and isinstance(value[key], own) for key, own in types.items())
     )
 
 
-def read(path: pathlib.Path, hint: Any) -> dict[str, Any]:
-    """What an earlier run left in a JSON file by name, nothing where there is none.
-
-    Raises:
-      UsageError: a value is not what `hint` says, see `fits`.
-    """
+def read(path: pathlib.Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run left in a JSON file, by name, each with these types; {} without one."""
     if not path.exists():
         return {}
     with contextlib.suppress(ValueError):
         content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and all(fits(value, hint) for value in content.values()):
+        if isinstance(content, dict) and all(fits(value, types) for value in content.values()):
             return content
     raise UsageError(
         f"argument --out: {path} is not what an earlier run wrote; restore or delete that file"
     )
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is whole or as it was, whenever the process ends."""
+def write(path: pathlib.Path, content: Any) -> None:
+    """Writes a file that is whole or as it was, whenever the process ends: text, or JSON."""
+    if not isinstance(content, str):
+        text = json.dumps(content, indent=1, allow_nan=False)
+        # What holds neither lists nor objects stands on one line.
+        text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda x: " ".join(x[0].split()), text)
+        content = f"{text}\n"
     whole = path.with_suffix(".new")
-    whole.write_text(text)
+    whole.write_text(content)
     whole.replace(path)
 
 
@@ -142,50 +118,27 @@ def folder(
 ) -> Iterator[pathlib.Path]:
     """The folder of --out, else with --resume the newest of the command, else a new one.
 
-    While it is held no other process gets it; the operating system frees it with the process.
-
-    Args:
-      command: its name.
-      out: what --out says.
-      resume: what --resume says.
-      holds: patterns of what lies in a folder in use, which only --resume goes on with.
-      lock: whether to hold the folder; one of several processes that share it does.
-
-    Yields:
-      The folder.
-
-    Raises:
-      UsageError: it is in use, or something cannot be written to it.
+    While it is held no other process gets it, unless `lock` is off, as for all but one of several
+    processes that share it. What `holds` names lies in a folder in use, which only --resume goes on
+    with. An OSError in the body becomes a UsageError.
     """
     if out is None and resume:
         out = max(RUNS.glob(f"{command}-*"), default=None)
-    new = RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        while out is None:
-            try:
-                new.mkdir(parents=True)
-                out = new
-            except FileExistsError:
-                # Another run began in the same second.
-                new = new.with_name(f"{new.name}-2")
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UsageError(f"argument --out: cannot use {out or new}: {error}") from error
+    out = out or RUNS / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    other = "or name another folder"
     with contextlib.ExitStack() as held:
         try:
+            out.mkdir(parents=True, exist_ok=True)
             if lock:
                 held.enter_context(filelock.FileLock(out / ".lock", timeout=0))
         except filelock.Timeout:
-            raise UsageError(
-                f"argument --out: another run is at work in {out}; wait for its end, or name "
-                "another folder"
-            ) from None
+            message = f"argument --out: another run is at work in {out}; wait for its end, {other}"
+            raise UsageError(message) from None
+        except OSError as error:
+            raise UsageError(f"argument --out: cannot use {out}: {error}") from error
         if not resume and any(any(out.glob(part)) for part in holds):
-            raise UsageError(
-                f"argument --out: {out} holds a run; add --resume to go on with it, or name "
-                "another folder"
-            )
+            message = f"argument --out: {out} holds a run; add --resume to go on with it, {other}"
+            raise UsageError(message)
         try:
             yield out
         except OSError as error:

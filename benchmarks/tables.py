@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.commands.range import extent
+from benchmarks.commands.range import extents
 from benchmarks.optimizers import is_ours
-from benchmarks.sweep import moves, verdicts
-
-__all__ = ["FILES", "filled", "main", "texts"]
+from benchmarks.show import markdown
+from benchmarks.sweep.sizes import moves
+from benchmarks.sweep.standings import judge, mean_table, means, verdicts
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -61,40 +61,32 @@ def _read(path: pathlib.Path) -> Any:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+    return markdown(heads, rows).strip()
 
 
 def _magnitudes(norms: Any) -> dict[str, str]:
     names = [name for name in next(iter(norms.values())) if name != "elements"]
-    ends = {
-        dtype: [extent(columns["elements"], list(map(float, columns[name]))) for name in names]
-        for dtype, columns in norms.items()
-    }
-    table = _table(["dtype", *(f"`{x}`" for x in names)], [[x, *row] for x, row in ends.items()])
-    cells = {f"range/{x}/{names[i]}": row[i] for x, row in ends.items() for i in range(len(names))}
+    rows = extents(norms)
+    table = _table(["dtype", *(f"`{x}`" for x in names)], rows)
+    cells = {f"range/{x}/{name}": y for x, *own in rows for name, y in zip(names, own, strict=True)}
     return {"range": table, **cells}
 
 
 def _compared(sweep: str, results: Any) -> dict[str, str]:
-    means: dict[str, dict[str, str]] = {}
-    for task, result in results.items():
-        for place in result["standings"]:
-            mean = "diverged" if place["mean"] is None else f"{place['mean']:.3g}"
-            means.setdefault(place["optimizer"], {})[task] = mean
-    names = sorted(means, key=lambda name: (is_ours(name), name))
-    rows = [[f"`{name}`", *(means[name].get(task, "-") for task in results)] for name in names]
-    outcomes = [verdict.outcome for x in results.values() if (verdict := verdicts.judge(x))]
+    outcomes = [verdict.outcome for x in results.values() if (verdict := judge(x))]
     counts = [f"{x} on {outcomes.count(x)}" for x in ("better", "level", "worse")]
-    return {
-        sweep: verdicts.table(results).strip(),
-        f"{sweep}/means": _table(["optimizer", *(x.replace("_", " ") for x in results)], rows),
+    found = {
+        sweep: verdicts(results).strip(),
+        f"{sweep}/means": mean_table(results).strip(),
         f"{sweep}/outcomes": f"{', '.join(counts)} of {len(outcomes)} tasks",
-        **{f"{sweep}/{task}/{x}": mean for x, own in means.items() for task, mean in own.items()},
     }
+    for name, own in means(results).items():
+        found |= {f"{sweep}/{task}/{name}": mean for task, mean in own.items()}
+    return found
 
 
 def _transferred(sweep: str, results: Any) -> dict[str, str]:
-    found = {sweep: moves.table(results).strip()}
+    found = {sweep: moves(results).strip()}
     for family, optimizers in results.items():
         for name, own in optimizers.items():
             rates = [best["learning_rate"] for best in own.values()]

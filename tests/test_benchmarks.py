@@ -122,7 +122,7 @@ def test_resume_refuses_other_options_than_the_saved_ones(finished, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--seed", "1", "--out", str(finished), "--resume"])
     error = capsys.readouterr().err
-    assert "has seed 0 for sgd, not 1; repeat its options" in error
+    assert "has seed 0 for unit_scale, not 1; repeat its options" in error
     assert error.count("\n") == 1
 
 
@@ -204,13 +204,11 @@ def parameters(out: pathlib.Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_path):
+def test_a_run_that_was_stopped_three_times_ends_in_the_same_bits(finished, tmp_path):
     out = tmp_path / "run"
     folder = out / "checkpoints" / "unit_scale"
-    # Before any step; by Ctrl-C while the first compiles; as the first checkpoint begins to be
-    # written; after the second.
-    killed = start(out)
-    stop_after(killed, out, signal.SIGKILL)
+    # By Ctrl-C while the first step compiles; as the first checkpoint begins to be written; after
+    # the second.
     interrupted = start(out, "--resume")
     said = stop_after(interrupted, out / "checkpoints", signal.SIGINT)
     assert interrupted.returncode == 130, said
@@ -226,7 +224,7 @@ def test_a_run_that_was_stopped_four_times_ends_in_the_same_bits(finished, tmp_p
     writing.communicate(timeout=120)
     written = start(out, "--resume")
     stop_after(written, folder / "4" / "_CHECKPOINT_METADATA", signal.SIGKILL)
-    assert [x.returncode for x in (killed, writing, written)] == [-signal.SIGKILL] * 3
+    assert [x.returncode for x in (writing, written)] == [-signal.SIGKILL] * 2
     last = start(out, "--resume")
     said = last.communicate(timeout=120)[0]
     assert last.returncode == 0, said

@@ -20,13 +20,12 @@ from common import compilations
 
 from benchmarks import __main__, runs, tasks
 from benchmarks.arguments import UsageError
-from benchmarks.commands.compare import PRESETS, RESULT
+from benchmarks.commands.compare import PRESETS, RESULT, about, work
 from benchmarks.optimizers import COMPARED, CONTENDERS
 from benchmarks.runs import Log
-from benchmarks.sweep import compare_search, jobs, session, verdicts
-from benchmarks.sweep.compare_search import Plan, half_decade, next_index, tune
-from benchmarks.sweep.summary import standings
-from benchmarks.sweep.transfer_search import Best
+from benchmarks.sweep import jobs, session
+from benchmarks.sweep.search import Plan, half_decade, next_index, tune
+from benchmarks.sweep.standings import judge, plot_tasks, standings, verdicts
 from benchmarks.sweep.trial import EVALUATIONS, Trial, Trials
 
 pytestmark = pytest.mark.slow
@@ -87,7 +86,7 @@ def test_tuning_takes_the_best_rate_by_validation_and_further_seeds_there(task):
         asked.append((rate, seed))
         return trial(rate=rate, seed=seed, value=70.0 if rate == 1.0 else 50.0)
 
-    tune(run, task, "sgd", Plan(rates=5, seeds=2, length=1.0, batch_size=1))
+    tune(run, task, 0.1, Plan(rates=5, seeds=2, length=1.0, batch_size=1))
     assert len(set(asked)) == 7
     assert [seed for _, seed in asked] == [0] * 5 + [1, 2]
     assert [rate for rate, _ in asked[-2:]] == [1.0, 1.0]
@@ -146,23 +145,23 @@ def result(higher_is_better=True, **tests):
 )
 def test_the_verdict_is_level_where_seeds_overlap(ours, other, outcome):
     numbers = {"unit_scale": ours, "unit_scale_rms": [0, 0], "lion": other, "sgd": [0, 1]}
-    verdict = verdicts.judge(result(**numbers))
+    verdict = judge(result(**numbers))
     assert verdict is not None
     assert (verdict.ours["test"], verdict.other["test"], verdict.outcome) == (ours, other, outcome)
     lower = {name: [-value for value in values] for name, values in numbers.items()}
-    verdict = verdicts.judge(result(higher_is_better=False, **lower))
+    verdict = judge(result(higher_is_better=False, **lower))
     assert verdict is not None
     assert verdict.outcome == outcome
 
 
 def test_there_is_no_verdict_without_seeds_on_both_sides():
-    assert verdicts.judge(result(unit_scale=[1.0], sgd=None)) is None
-    assert verdicts.judge(result(sgd=[1.0])) is None
+    assert judge(result(unit_scale=[1.0], sgd=None)) is None
+    assert judge(result(sgd=[1.0])) is None
 
 
 def test_the_table_has_a_row_for_each_verdict():
     task = result(unit_scale=[3.0, 4.0], adamw=[1.0, 2.0], sgd=[0.5, 1.0], clip=None)
-    _, _, row = verdicts.table({"a_task": task, "another": result()}).splitlines()
+    _, _, row = verdicts({"a_task": task, "another": result()}).splitlines()
     assert row == (
         "| a task | points, higher is better | `unit_scale` 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) "
         "| better | 0.75 (0.5 to 1) | diverged | 0.5, 0.5, 0.5 |"
@@ -170,18 +169,18 @@ def test_the_table_has_a_row_for_each_verdict():
 
 
 def test_the_table_has_a_dash_for_what_was_left_out():
-    row = verdicts.table({"a_task": result(unit_scale=[3.0], adamw=[1.0])}).splitlines()[-1]
+    row = verdicts({"a_task": result(unit_scale=[3.0], adamw=[1.0])}).splitlines()[-1]
     assert row.endswith("| better | - | - | 0.5, -, - |")
 
 
 def test_the_picture_has_a_panel_for_each_task_and_a_mean_for_each_optimizer():
-    figure = verdicts.plot_tasks({"a_task": result(unit_scale=[3.0, 5.0], adamw=[1.0], lion=None)})
+    figure = plot_tasks({"a_task": result(unit_scale=[3.0, 5.0], adamw=[1.0], lion=None)})
     first, *others = figure.axes
     assert first.get_title() == "a task"
     dots = [np.array(x.get_data()).T.tolist() for x in first.lines if x.get_marker() == "o"]
     rows = [COMPARED.index(name) for name in ("unit_scale", "adamw")]
     assert dots == [[[4.0, rows[0]]], [[1.0, rows[1]]]]
-    assert not any(panel.axison for panel in others)
+    assert not others
     plt.close(figure)
 
 
@@ -243,23 +242,31 @@ def outcomes(out):
     return sorted(found, key=lambda e: (e["optimizer"], e["seed"], e["learning_rate"]))
 
 
-def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = start(broken)
+def stop(process, out, lines, how):
+    """Sends a signal once so many lines are written; what the process said."""
     deadline = time.monotonic() + PATIENCE
-    while len(read(broken)) < 2 and time.monotonic() < deadline:
+    while len(read(out)) < lines and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(how)
+    return process.communicate(timeout=PATIENCE)[0]
+
+
+def test_a_sweep_that_was_killed_and_then_stopped_goes_on_and_ends_like_one_that_was_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stop(start(broken), broken, 2, signal.SIGKILL)
     before = outcomes(broken)
     assert 1 <= len(before) < PLAN.rates + PLAN.seeds
     # As if it had been in the middle of a line.
     with (broken / f"{TASK}.jsonl").open("a") as file:
         file.write('{"kind": "tri')
-    output, _ = start(broken, "--resume").communicate(timeout=PATIENCE)
-    assert "unit_scale" in output
-    assert "steps to" in output
-    start(whole).communicate(timeout=PATIENCE)
+    process = start(broken, "--resume")
+    said = stop(process, broken, len(before) + 2, signal.SIGINT)
+    assert process.returncode == 130
+    assert f"--resume --out {broken}" in said.replace("\n", "")
+    assert "Traceback" not in said
+    assert "unit_scale" in start(broken, "--resume").communicate(timeout=PATIENCE)[0]
+    command = ["compare", "--task", TASK, "--preset", "try", "--optimizer", "unit_scale"]
+    assert __main__.main([*command, "--out", str(whole)]) == 0
     assert outcomes(broken) == outcomes(whole)
     assert len(outcomes(whole)) == PLAN.rates + PLAN.seeds
     kept = [entry for entry in outcomes(broken) if entry in before]
@@ -271,18 +278,6 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_like_one_that_was_not(tmp_path
     assert not (broken / "compare.png").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = start(tmp_path)
-    deadline = time.monotonic() + PATIENCE
-    while len(read(tmp_path)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    assert f"--resume --out {tmp_path}" in output.replace("\n", "")
-    assert "Traceback" not in output
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -291,15 +286,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     ],
 )
 def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, options, message):
-    task = tasks.load(TASK)
-    entry = {
-        "kind": "sweep",
-        "data_sha256": task.fingerprint,
-        "steps": 300,
-        "batch_size": task.batch_size,
-        "plan": PLAN._asdict(),
-        "target": task.target,
-    }
+    entry = {"kind": "sweep", **about(TASK, tasks.load(TASK), PLAN)}
     (tmp_path / f"{TASK}.jsonl").write_text(json.dumps(entry) + "\n")
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["compare", "--task", TASK, "--out", str(tmp_path), *options])
@@ -321,15 +308,15 @@ def test_earlier_results_can_be_read_and_gone_on_with():
     folder = ROOT / "benchmarks/results/cpu-2-cores"
     files = [*folder.glob("*/*.jsonl")]
     assert len(files) > 10
-    assert all(session.trials(Log(path)) for path in files)
+    assert all(session.trials(Log(path)) or path.parent.name == "train" for path in files)
     assert runs.read(folder / "compare/compare.json", RESULT)
-    assert runs.read(folder / "transfer/transfer.json", dict[str, dict[str, Best]])
+    assert runs.read(folder / "transfer/transfer.json", {})
 
 
 def test_a_process_that_fails_is_reported():
-    work = functools.partial(compare_search.work, TASK, "nobody", PLAN)
+    job = jobs.Job(f"nobody on {TASK}", functools.partial(work, TASK, "nobody", PLAN))
     with pytest.raises(UsageError, match=f"nobody on {TASK} ended with status 1"):
-        list(jobs.run([jobs.Job(f"nobody on {TASK}", work)], 1, lambda: False))
+        list(jobs.run([job], 1, lambda: False))
 
 
 def test_ctrl_c_never_reaches_a_process_that_has_just_started():
@@ -339,4 +326,4 @@ def test_ctrl_c_never_reaches_a_process_that_has_just_started():
         return False
 
     # What the process runs: it asks whether what it got can be called.
-    assert list(jobs.run([jobs.Job("idle", callable)], 1, interrupt)) == [(0, None)]
+    assert not list(jobs.run([jobs.Job("idle", callable)], 1, interrupt))

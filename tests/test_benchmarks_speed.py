@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -14,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.models.gpt import GPTConfig
-from benchmarks.timing import growth, orthogonal, pytorch, trees
-from benchmarks.timing.jobs import PARTS, plan
+from benchmarks.timing import parts, pytorch, trees
 from benchmarks.timing.measurement import Timed, compile_function, summarize
 from benchmarks.timing.methods import SCOPES, STEPS
-from benchmarks.timing.tables import tables
+from benchmarks.timing.parts import PARTS, plan
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +37,8 @@ def tiny() -> Iterator[list[str]]:
     # Optax's Muon adds numbers of several dtypes.
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setitem(trees.MODELS, "tiny", TINY)
-        patch.setattr(growth, "GROUPS", (1, 64))
-        patch.setattr(orthogonal, "SIZES", ((1, 16),))
+        patch.setattr(parts, "GROUPS", (1, 64))
+        patch.setattr(parts, "SIZES", ((1, 16),))
         yield ["--model", "tiny", "--train", "tiny", "--most-leaves", "10", "--rounds", "5"]
 
 
@@ -47,8 +46,8 @@ def tiny() -> Iterator[list[str]]:
 def out(tiny, tmp_path_factory) -> pathlib.Path:
     """The folder of a run of all parts but the optimizer's step, in float32."""
     out = tmp_path_factory.mktemp("speed") / "new"
-    parts = [option for part in PARTS if part != "step" for option in ("--part", part)]
-    assert main(["speed", *tiny, "--dtype", "float32", *parts, "--out", str(out)]) == 0
+    options = [option for part in PARTS if part != "step" for option in ("--part", part)]
+    assert main(["speed", *tiny, "--dtype", "float32", *options, "--out", str(out)]) == 0
     return out
 
 
@@ -72,7 +71,7 @@ def found(rows: list[dict], scope: str) -> list[str]:
 
 def test_a_run_writes_its_rows_and_two_figures_that_show_something(out):
     pictures = ["growth.png", "ratios.png", "speed.png"]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "speed.json"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, ".lock", "speed.json"])
     for name in pictures:
         image = matplotlib.image.imread(out / name)[..., :3]
         assert min(image.shape[:2]) > 300
@@ -139,15 +138,6 @@ def test_in_bfloat16_they_are_half_and_a_step_reads_and_writes_the_parameters_to
     assert bytes_of["unit_scale(), sgd"] == 2 * PARAMETERS * 4
 
 
-def test_the_bar_ends_where_the_work_does():
-    jobs = plan(["leaves", "groups"], [], ["float32"], 5, 10, "1M")
-    assert [job.title for job in jobs] == ["leaves 10", *(f"groups {n}" for n in growth.GROUPS)]
-    for job in (jobs[0], jobs[-1]):
-        calls = []
-        job.measure(lambda calls=calls: calls.append(1))
-        assert len(calls) == job.steps
-
-
 def test_without_options_everything_is_measured():
     jobs = plan(list(PARTS), ["1M"], ["float32"], 5, 1000, "1M")
     assert list(dict.fromkeys(job.part for job in jobs)) == list(PARTS)
@@ -158,8 +148,9 @@ def test_without_options_everything_is_measured():
 def test_what_is_compared_computes_the_same(scope, tiny):
     shapes = trees.gpt("tiny", "bfloat16")
     updates = trees.fill(trees.stack_blocks(shapes) if scope == "axis" else shapes)
-    naive, ours = (method.function for method in list(SCOPES[scope].values())[:2])
-    wanted, got = (jax.jit(function)(updates, None) for function in (naive, ours))
+    naive, ours = (method.change.update for method in list(SCOPES[scope].values())[:2])
+    state = optax.EmptyState()
+    wanted, got = (jax.jit(update)(updates, state)[0] for update in (naive, ours))
     for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
         assert x.dtype == y.dtype == jnp.bfloat16
         # Each rounds once, to 8 bits.
@@ -194,22 +185,8 @@ def test_ratio_and_share_are_taken_round_by_round():
     assert rows["second"]["leaves"] == 7
 
 
-def test_a_contender_that_compiles_for_too_long_is_not_asked_again_and_it_is_said(monkeypatch):
-    monkeypatch.setattr(growth, "COMPILE_LIMIT", 0.0)
-    stopped = {}
-    first = growth.leaves(2, stopped, 1, lambda: None)
-    then = growth.leaves(3, stopped, 1, lambda: None)
-    assert all("seconds" in row for row in first)
-    assert [row["name"] for row in then] == [row["name"] for row in first]
-    for row in then:
-        assert re.fullmatch(r"its compilation for 2 leaves took \d+ s", row["stopped"])
-        assert "seconds" not in row
-    (table,) = tables({"leaves": first + then})
-    assert str(table.caption).count("its compilation for 2 leaves took") == len(then)
-
-
 def test_leaves_have_equal_numbers_of_parameters_together():
-    for count in growth.LEAVES:
+    for count in parts.LEAVES:
         shapes = trees.leaves(count)
         assert len(shapes) == count
         assert abs(trees.parameters(shapes) / 4e6 - 1) < 0.01
@@ -239,7 +216,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     rows = json.loads(written.read_text())["results"]["groups"]
-    assert 0 < len(rows) < 4 * len(growth.GROUPS)
+    assert 0 < len(rows) < 4 * len(parts.GROUPS)
     assert (tmp_path / "growth.png").exists()
     assert "unit_scale(axis=1)" in said
 

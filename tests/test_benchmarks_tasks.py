@@ -16,19 +16,24 @@ from flax import nnx
 
 from benchmarks import tasks
 from benchmarks.models.gpt import GPT, GPTConfig
-from benchmarks.optimizers import SHOWN
 from benchmarks.tasks import language_modelling
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
 
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_batch_is_a_function_of_seed_and_step_and_made_of_its_rows(name):
+    batch = functools.partial(tasks.load(name).batch, batch_size=6)
 
-def test_batches_are_a_function_of_seed_and_step():
-    batch = functools.partial(language_modelling.load().batch, batch_size=4, rows=slice(None))
-    np.testing.assert_array_equal(batch(seed=3, step=5), batch(seed=3, step=5))
-    assert not np.array_equal(batch(seed=3, step=5), batch(seed=3, step=6))
-    assert not np.array_equal(batch(seed=3, step=5), batch(seed=4, step=5))
+    def arrays(seed, step, rows: tasks.Rows = slice(None)):
+        return jax.tree.leaves(batch(seed, step, rows=rows))
+
+    whole, again, part = arrays(3, 5), arrays(3, 5), arrays(3, 5, np.array([1, 4]))
+    for array, same, rows in zip(whole, again, part, strict=True):
+        assert len(array) == 6
+        np.testing.assert_array_equal(array, same)
+        np.testing.assert_array_equal(array[np.array([1, 4])], rows)
+    assert not any(np.array_equal(whole[0], arrays(*other)[0]) for other in ((3, 6), (4, 5)))
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -68,16 +73,15 @@ def test_a_module_in_the_folder_is_a_task():
     assert all(callable(module.load) for module in modules)
 
 
-COMPARED = json.loads((ROOT / "benchmarks/results/cpu-2-cores/compare/compare.json").read_text())
+SWEEPS = pathlib.Path(__file__).parents[1] / "benchmarks/results/cpu-2-cores/compare"
 
 
-@pytest.mark.parametrize("task", COMPARED)
-def test_the_learning_rates_of_train_are_the_best_that_compare_found(task):
-    best = {x["optimizer"]: x["learning_rate"] for x in COMPARED[task]["standings"]}
-    rates = tasks.load(task).learning_rates
-    assert rates == {name: float(f"{best[name]:.1g}") for name in rates}
-    # At its default rate on every task.
-    assert {*SHOWN} - {*rates} == {"unit_muon"}
+@pytest.mark.parametrize("name", [x for x in tasks.TASKS if x != "finetune"])
+def test_the_data_are_those_that_compare_was_run_on_and_its_best_rates_are_those_of_train(name):
+    first = json.loads((SWEEPS / f"{name}.jsonl").read_text().partition("\n")[0])
+    assert tasks.load(name).fingerprint == first["data_sha256"]
+    assert {"sgd", "clip", "adamw", "muon", "unit_scale"} <= set(tasks.tuned(name))
+    assert not tasks.tuned("finetune")
 
 
 @pytest.mark.parametrize(("higher", "lower"), [(2.0, 1.0), (math.inf, 1.0)])

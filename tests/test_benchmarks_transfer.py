@@ -13,8 +13,9 @@ from flax import nnx
 
 from benchmarks import __main__
 from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERRED
-from benchmarks.sweep import moves, session, transfer_search
-from benchmarks.sweep.families import FAMILIES
+from benchmarks.sweep import session, sizes
+from benchmarks.sweep.search import SEEDS, find, rate_of
+from benchmarks.sweep.sizes import FAMILIES
 from benchmarks.sweep.trial import Trial
 from optax_unitscale import layers_of
 
@@ -29,25 +30,23 @@ def test_the_search_ends_at_the_best_index_and_looks_at_few(best):
         asked.append((index, seed))
         return 1.0 + 0.01 * (index - best) ** 2 + 0.001 * seed
 
-    assert transfer_search.find(loss, start=-2) == best
+    assert find(loss, start=-2) == best
     assert len(set(asked)) <= 20
     assert {(best - 1, 1), (best, 1), (best + 1, 1)} <= set(asked)
 
 
 def test_the_search_leaves_runs_that_diverged_behind():
-    assert (
-        transfer_search.find(lambda i, _: math.inf if i > -9 else (i + 12) ** 2.0, start=0) == -12
-    )
+    assert find(lambda i, _: math.inf if i > -9 else (i + 12) ** 2.0, start=0) == -12
 
 
 def test_the_second_seed_can_move_the_best():
     losses = {0: lambda i: (i - 4.0) ** 2, 1: lambda i: 3 * (i - 6.0) ** 2}
     # Of the sum, 4 i² - 44 i + ..., the least is at 5.5.
-    assert transfer_search.find(lambda i, seed: losses[seed](i), start=4) in (5, 6)
+    assert find(lambda i, seed: losses[seed](i), start=4) in (5, 6)
 
 
 def test_rates_are_factors_of_root_two_apart():
-    assert [transfer_search.rate_of(i) for i in (-2, -1, 0, 1, 2)] == [0.5, 0.7071, 1.0, 1.414, 2.0]
+    assert [rate_of(i) for i in (-2, -1, 0, 1, 2)] == [0.5, 0.7071, 1.0, 1.414, 2.0]
 
 
 def test_the_best_rate_counts_only_where_every_seed_ran():
@@ -55,10 +54,10 @@ def test_the_best_rate_counts_only_where_every_seed_ran():
         return Trial("sgd", rate, seed, [4.0, loss], [], {}, None, 0.5)
 
     trials = [at(0.1, 0, 1.0), at(0.1, 1, 3.0), at(0.2, 0, 1.5), at(0.2, 1, 1.7), at(0.4, 0, 0.1)]
-    assert transfer_search.best(trials) == (0.2, 1.6, pytest.approx(0.2))
-    assert transfer_search.best(trials[-1:]) is None
+    assert sizes.best(trials) == (0.2, 1.6, pytest.approx(0.2))
+    assert sizes.best(trials[-1:]) is None
     # Twice what it began with is a run that diverged.
-    assert transfer_search.final_loss(at(0.1, 0, 9.0)) == math.inf
+    assert at(0.1, 0, 9.0).loss == math.inf
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -134,11 +133,11 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
     command = ["transfer", "--family", "mlp_width", "--preset", "try", "--workers", "2"]
     # Which has neither of the sizes.
     command += ["--family", "gpt_depth"]
-    sizes = ["--size", "64", "--size", "256"]
+    both = ["--size", "64", "--size", "256"]
     only = ["--optimizer", "unit_scale_shape", "--out", str(tmp_path)]
-    assert __main__.main([*command, *sizes, *only]) == 0
+    assert __main__.main([*command, *both, *only]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"unit_scale_shape +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ ±", text)
+    assert re.search(r"unit_scale_shape +[\d.]+, [\d.]+", text)
     assert not (tmp_path / "gpt_depth.jsonl").exists()
     before = (tmp_path / "mlp_width.jsonl").read_text()
     found = json.loads((tmp_path / "transfer.json").read_text())["mlp_width"]["unit_scale_shape"]
@@ -150,7 +149,7 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
             for entry in entries
             if (entry["size"], entry["learning_rate"]) == (int(size), best["learning_rate"])
         ]
-        assert len(losses) == transfer_search.SEEDS
+        assert len(losses) == SEEDS
         assert best["loss"] == pytest.approx(np.mean(losses))
     assert (tmp_path / "mlp_width.png").stat().st_size > 10_000
     rates = [best["learning_rate"] for best in found.values()]
@@ -159,7 +158,7 @@ def test_a_sweep_writes_tables_figures_and_results_and_repeats_nothing(tmp_path,
         "| optimizer | mlp width 64 to 256 |\n| --- | --- |\n"
         + f"| `unit_scale_shape` | {cell} |\n"
     )
-    assert __main__.main([*command, *sizes, *only, "--resume"]) == 0
+    assert __main__.main([*command, *both, *only, "--resume"]) == 0
     assert (tmp_path / "mlp_width.jsonl").read_text() == before
 
 
@@ -181,7 +180,7 @@ def test_the_table_says_how_far_a_rate_moves_and_where_it_ends():
         "gpt_width": {"adam": {"32": at(0.1, 4.0), "128": at(0.4, 3.1234), "64": at(0.05, 5.0)}},
     }
     results["mlp_width"]["adam"]["256"] = at(0.1, 1.25)
-    assert moves.table(results).splitlines() == [
+    assert sizes.moves(results).splitlines() == [
         "| optimizer | gpt width 32 to 128 | mlp width 64 to 256 |",
         "| --- | --- | --- |",
         "| `adam` | 8.0, 3.12 | 2.0, 1.25 |",
@@ -198,8 +197,8 @@ def test_what_costs_the_cube_of_the_width_is_left_out_where_nobody_asks_for_it(
     )
     command = ["transfer", "--family", "mlp_width", "--out", str(tmp_path), "--resume"]
     (tmp_path / "mlp_width.jsonl").touch()
-    sizes = ["--size", "1024", "--size", "4096"]
-    assert __main__.main([*command, *sizes]) == 0
+    both = ["--size", "1024", "--size", "4096"]
+    assert __main__.main([*command, *both]) == 0
     left = [name for name in TRANSFERRED if name in ORTHOGONAL]
     assert set(ran) == {
         f"{name} on mlp_width {size}"

@@ -1,6 +1,5 @@
 """The tasks that look at images: splits, batches, boxes and their AP50, and short runs."""
 
-import functools
 import itertools
 
 import jax
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import tasks
 from benchmarks.__main__ import main
+from benchmarks.models.classifiers import MLP
 from benchmarks.models.detector import STRIDE, Detector
-from benchmarks.models.mlp import MLP
 from benchmarks.runs import Log
 from benchmarks.tasks import exploding, image_classification, object_detection, vanishing
 from benchmarks.tasks.shared.detection import (
@@ -29,7 +27,6 @@ from optax_unitscale import gradient_norms
 
 pytestmark = pytest.mark.slow
 
-NAMES = ["image_classification", "object_detection", "vanishing", "exploding"]
 # Two apart, one across the border of the tile below.
 BOXES = np.array([[8.0, 16.0, 40.0, 40.0], [60.0, 50.0, 76.0, 90.0], [100.0, 0.0, 140.0, 30.0]])
 
@@ -60,19 +57,6 @@ def test_no_photograph_is_in_two_splits():
         assert (boxes >= 0).all()
         assert (boxes[:, :2] < boxes[:, 2:]).all()
         assert (boxes[:, 2:].max(0) <= [pixels.shape[1], pixels.shape[0]]).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_batches_are_a_function_of_seed_step_and_rows(name):
-    batch = functools.partial(tasks.load(name).batch, batch_size=6)
-    whole, again = (batch(seed=3, step=5, rows=slice(None)) for _ in range(2))
-    part = batch(seed=3, step=5, rows=np.array([1, 4]))
-    for first, second, rows in zip(whole, again, part, strict=True):
-        assert len(first) == 6
-        np.testing.assert_array_equal(first, second)
-        np.testing.assert_array_equal(first[[1, 4]], rows)
-    for seed, step in ((3, 6), (4, 5)):
-        assert not np.array_equal(whole[0], batch(seed=seed, step=step, rows=slice(None))[0])
 
 
 def test_a_tile_shows_the_boxes_that_lie_in_it_for_the_most_part():
@@ -196,6 +180,9 @@ def test_a_short_run_shows_what_the_model_sees(name, shown, tmp_path):
     (result,) = log.of("result", "unit_scale")
     assert all(0 <= result[split] <= 100 for split in ("train", "validation", "test"))
     assert shown in log.of("sample", "unit_scale")[0]["text"]
-    image = matplotlib.image.imread(tmp_path / "sample_unit_scale.png")
-    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+    picture = tmp_path / "sample_unit_scale.png"
+    assert picture.exists() == (name == "object_detection")
+    if picture.exists():
+        image = matplotlib.image.imread(picture)
+        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
     jax.clear_caches()

@@ -4,92 +4,56 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Sequence
 
-import matplotlib as mpl
+import jax
 from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
 
-from benchmarks import data, interrupt, runs
-from benchmarks.arguments import UsageError, add_out, add_several, count, positive
+from benchmarks import interrupt, runs, show
+from benchmarks.arguments import UsageError, add, add_out, count, positive
+from benchmarks.data import FOLDER_VARIABLE, folder
 from benchmarks.optimizers import CONTENDERS, SHOWN
 from benchmarks.runs import Log
-from benchmarks.tasks import TASKS, Task, load, summary
+from benchmarks.tasks import TASKS, Task, load, summary, tuned
 from benchmarks.training import loop, processes, report
 from benchmarks.training.sharding import Layout
-
-__all__ = ["EPILOG", "add_arguments", "run"]
 
 # What --help ends with.
 EPILOG = "tasks:\n" + "\n".join(f"  {name:<22}{summary(name)}" for name in TASKS)
 
-# jax.random.key ignores the bits above.
-LARGEST_SEED = 2**32 - 1
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add = parser.add_argument
-    escaped = str(data.folder()).replace("%", "%%")
-    add(
-        "--task",
-        choices=TASKS,
-        default="language_modelling",
-        help="what to learn (default: %(default)s). Some read packages from the package index as "
-        f"data, kept in {escaped} or where {data.FOLDER_VARIABLE} says",
-    )
-    add(
-        "--steps",
-        type=count(),
-        metavar="N",
-        help="training steps for each optimizer (default: the task's)",
-    )
+    what = f"what to learn; some read packages from the package index as data, kept in {folder()}"
+    what += f" or where {FOLDER_VARIABLE} says"
+    add(parser, "--task", what, default="language_modelling", choices=TASKS)
+    add(parser, "--steps N", "training steps for each optimizer (default: the task's)", count())
     what = "an optimizer to train with"
-    add_several(parser, "--optimizer", what, ", ".join(SHOWN), choices=tuple(CONTENDERS))
-    add(
-        "--learning-rate",
-        type=positive,
-        metavar="RATE",
-        help="peak learning rate of every optimizer (default: the task's for each)",
-    )
-    add(
-        "--seed",
-        type=count(0, LARGEST_SEED),
-        default=0,
-        metavar="N",
-        help="decides weights, batches and samples (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=count(),
-        metavar="N",
-        help="examples in a batch (default: the task's)",
-    )
-    add(
-        "--checkpoint-every",
-        type=count(),
-        default=200,
-        metavar="N",
-        help="steps between checkpoints (default: %(default)s)",
-    )
+    add(parser, "--optimizer", what, several=", ".join(SHOWN), choices=tuple(CONTENDERS))
+    what = "peak learning rate of every optimizer (default: the task's for each)"
+    add(parser, "--learning-rate RATE", what, positive)
+    # jax.random.key ignores the bits above.
+    add(parser, "--seed N", "decides weights, batches and samples", count(0, 2**32 - 1), default=0)
+    add(parser, "--batch-size N", "examples in a batch (default: the task's)", count())
+    add(parser, "--checkpoint-every N", "steps between checkpoints", count(), default=200)
     add_out(parser, "metrics, figures and checkpoints", "run")
     processes.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains, writes, prints; returns the exit status."""
-    # Figures go to files; a desktop's windows would come between.
-    mpl.use("Agg")
     task = load(options.task)
     batch_size = options.batch_size or task.batch_size
     processes.check_arguments(options, batch_size)
+    rates = {name: contender.rate for name, contender in CONTENDERS.items()} | tuned(options.task)
     configs = [
         loop.Config(
             task=options.task,
             data_sha256=task.fingerprint,
             optimizer=name,
-            learning_rate=options.learning_rate
-            or task.learning_rates.get(name, CONTENDERS[name].rate),
+            learning_rate=options.learning_rate or (rates | dict(task.learning_rates))[name],
             steps=options.steps or task.steps,
             batch_size=batch_size,
             seed=options.seed,
@@ -98,14 +62,12 @@ def run(options: argparse.Namespace) -> int:
     ]
     with processes.joined(options, batch_size) as mesh:
         # Without a mesh there is but one process.
-        is_first = mesh is None or processes.is_first()
+        is_first = mesh is None or jax.process_index() == 0
         resume, holds = options.resume, ("metrics.jsonl", "checkpoints")
         with runs.folder("train", options.out, resume, holds, lock=is_first) as out:
             log = Log(out / "metrics.jsonl")
             _check_resumed(log, configs)
-            processes.check_same(
-                mesh, (configs, options.mesh, options.checkpoint_every, log.entries)
-            )
+            processes.check_same((configs, options.mesh, options.checkpoint_every, log.entries))
             log.writes = is_first
             return _train(options, configs, task, log, Layout(mesh))
 
@@ -145,14 +107,15 @@ def _train(
     if options.resume and not log.entries:
         say("There is no run yet to resume; starting one.")
     moment = itertools.count(1)
-    with interrupt.deferred() as stop, report.progress(console, task.unit) as bar:
+    with interrupt.deferred() as stop, report.progress(console) as bar:
 
         def finishes(config: loop.Config) -> bool:
-            row = bar.add_task(config.optimizer, total=config.steps, loss=None, rate=0.0)
+            row = bar.add_task(config.optimizer, total=config.steps, now="")
             every = options.checkpoint_every
             for step, loss in loop.train(config, task, log, every, layout, say):
                 rate = config.batch_size * task.tokens * (bar.tasks[row].speed or 0.0)
-                bar.update(row, completed=step, loss=loss, rate=rate)
+                now = f"loss {loss:.3f} {rate:,.0f} {task.unit}/s"
+                bar.update(row, completed=step, now=now)
                 if processes.stopped(stop, next(moment)):
                     return False
             bar.update(row, completed=config.steps)
@@ -161,23 +124,23 @@ def _train(
         finished = all(map(finishes, configs))
         bar.stop()
         if log.writes:
-            _show(console, log, names, task, out)
+            _show(console, log, [name for name in names if log.of("step", name)], task)
     if not finished:
         say(f"Stopped. Go on with the same options and --resume --out {out}")
     return 0 if finished else interrupt.INTERRUPTED
 
 
-def _show(console: Console, log: Log, names: list[str], task: Task, out: pathlib.Path) -> None:
-    started = [name for name in names if log.of("step", name)]
-    if not started:
+def _show(console: Console, log: Log, names: list[str], task: Task) -> None:
+    if not names:
         return
-    console.print(report.table(log, started, task))
-    for panel in report.samples(log, started):
-        console.print(panel)
-    report.plot_losses(log, started, task, out / "losses.png")
-    report.plot_gradient_norms(log, started, out / "gradient_norms.png")
-    drawn = [path.name for name in started if (path := out / f"sample_{name}.png").exists()]
-    for name in ("losses.png", "gradient_norms.png", *drawn, "metrics.jsonl"):
-        console.print(f"wrote {out / name}", soft_wrap=True)
-    if said := report.verdict(log, started, task):
+    console.print(report.table(log, names, task))
+    for entry in (entry for name in names for entry in log.of("sample", name)):
+        console.print(Panel(Text(entry["text"]), title=entry["optimizer"], title_align="left"))
+    out = log.path.parent
+    show.save(report.plot_losses(log, names, task), out / "losses.png", console)
+    show.save(report.plot_gradient_norms(log, names), out / "gradient_norms.png", console)
+    for path in (*(out / f"sample_{name}.png" for name in names), log.path):
+        if path.exists():
+            show.wrote(console, path)
+    if said := report.verdict(log, names, task):
         console.print(said, soft_wrap=True)

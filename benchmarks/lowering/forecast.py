@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-__all__ = ["CHIPS", "FORMULA", "MODELS", "as_markdown", "share", "shares"]
+from benchmarks.show import markdown
 
 COUNTS = (256, 4096, 65536)
 # Parameters, gradient and momentum in float32, without which no step begins.
@@ -13,41 +13,30 @@ UTILISATION = 0.4
 
 
 class Chip(NamedTuple):
-    """Published figures: FLOP/s in bfloat16, bytes, bytes/s of memory and of links to others.
-
-    `domain` is how many chips those links join, as a torus of `dimensions`, or by a switch where
-    that is 0. The latencies in seconds are not published: `hop` is one link of the domain and
-    `network` one message of a few kB between domains; both are meant to be too high.
-    """
+    """Published figures, but for the latencies, in seconds, which are meant to be too high."""
 
     topology: str
-    flops: float
-    capacity: float
-    memory: float
+    flops: float  # A second, in bfloat16.
+    capacity: float  # In bytes.
+    memory: float  # Bytes a second, as of the links to other chips.
     link: float
-    domain: int
-    dimensions: int
-    hop: float
-    network: float
+    domain: int  # How many chips those links join,
+    dimensions: int  # as a torus of so many, or by a switch where that is 0.
+    hop: float  # Along one link of the domain.
+    network: float  # Of one message of a few kB between domains.
     source: str
 
 
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
+_GPU = "https://www.nvidia.com/en-us/data-center/h100/"
+_V5E = (197e12, 16e9, 819e9, 400e9, 256, 2, 1e-6, 50e-6)
+_V6E = (918e12, 32e9, 1638e9, 800e9, 256, 2, 1e-6, 50e-6)
+_V5P = (459e12, 95 * 2**30, 2765e9, 1200e9, 6144, 3, 1e-6, 50e-6)
 CHIPS = {
-    "TPU v5e": Chip(
-        *("TPU v5e, 256 chips", 197e12, 16e9, 819e9, 400e9, 256, 2, 1e-6, 50e-6), _TPU + "v5e"
-    ),
-    "TPU v6e": Chip(
-        *("TPU v6e, 256 chips", 918e12, 32e9, 1638e9, 800e9, 256, 2, 1e-6, 50e-6), _TPU + "v6e"
-    ),
-    "TPU v5p": Chip(
-        *("TPU v5p, 4096 chips", 459e12, 95 * 2**30, 2765e9, 1200e9, 6144, 3, 1e-6, 50e-6),
-        _TPU + "v5p",
-    ),
-    "H100": Chip(
-        *("H100, 256 GPUs", 989e12, 80e9, 3350e9, 900e9, 8, 0, 5e-6, 10e-6),
-        "https://www.nvidia.com/en-us/data-center/h100/",
-    ),
+    "TPU v5e": Chip("TPU v5e, 256 chips", *_V5E, _TPU + "v5e"),
+    "TPU v6e": Chip("TPU v6e, 256 chips", *_V6E, _TPU + "v6e"),
+    "TPU v5p": Chip("TPU v5p, 4096 chips", *_V5P, _TPU + "v5p"),
+    "H100": Chip("H100, 256 GPUs", 989e12, 80e9, 3350e9, 900e9, 8, 0, 5e-6, 10e-6, _GPU),
 }
 
 
@@ -78,14 +67,7 @@ FORMULA = {
 
 
 def share(chip: Chip, model: Model, chips: int, all_reduces: int) -> dict[str, float]:
-    """The seconds of a step without and of the update by `FORMULA`, and the latter's share.
-
-    Args:
-      chip: what computes.
-      model: what is trained.
-      chips: how many there are.
-      all_reduces: how many of them the compiled update waits for.
-    """
+    """By `FORMULA`: seconds of a step without the update, and of that, and the latter's share."""
     step = 6 * model.parameters * model.tokens / (chips * chip.flops * UTILISATION)
     memory_time = 3 * 4 * model.parameters / (chips * chip.memory)
     near = min(chips, chip.domain)
@@ -99,14 +81,7 @@ def share(chip: Chip, model: Model, chips: int, all_reduces: int) -> dict[str, f
 
 
 def shares(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The share of `unit_scale()` for every chip that was compiled for, model and count.
-
-    Args:
-      results: for each topology and method what was measured.
-
-    Returns:
-      One entry each, without a share where the model does not fit into the chips' memory.
-    """
+    """An entry for every chip that was compiled for, model and count; no share where none fits."""
     entries = []
     for name, chip in CHIPS.items():
         compiled = results.get(chip.topology, {}).get("unit_scale()")
@@ -125,52 +100,43 @@ def shares(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]
 
 def as_markdown(entries: list[dict[str, Any]]) -> str:
     """The formula, its inputs and a table of the shares."""
-    lines = [
-        "# What share of a training step `unit_scale()` takes",
-        "",
-        "Computed by `python -m benchmarks lower` from the compiled programs in `lower.json`,",
-        "which give `all_reduces`, and from published figures; nothing was timed. The gradient is",
-        "read twice and written once, as where a device's part does not fit on the chip, and the",
-        "l2 norm sends three float32 numbers a leaf.",
-        "",
-        "```",
-        *(f"{name} = {formula}" for name, formula in FORMULA.items()),
-        "```",
-        "",
-        "| chip | parameters | " + " | ".join(f"{count:,} chips" for count in COUNTS) + " |",
-        "| --- | --- |" + " ---: |" * len(COUNTS),
-    ]
     cells: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        text = _percent(entry["share"]) if "share" in entry else "does not fit"
-        cells.setdefault((entry["chip"], entry["parameters"]), []).append(text)
-    lines += [f"| {' | '.join([*key, *row])} |" for key, row in cells.items()]
-    lines += [
-        "",
-        "Where the share is large, a step takes milliseconds or less: the batch leaves each chip a",
-        "few dozen tokens, and every other collective of the step waits as long.",
-        "",
-        f"`utilisation` is {UTILISATION}, as Llama 3 405B reports 38 to 43 % (arXiv 2407.21783).",
-        f"A model fits where there are {BYTES_A_PARAMETER} bytes a parameter.",
-        "",
-        "| parameters | depth | tokens a step | as |",
-        "| --- | ---: | ---: | --- |",
-        *(f"| {k} | {m.depth} | {m.tokens / 1e6:g} M | {m.source} |" for k, m in MODELS.items()),
-        "",
-        "Latencies are assumed, not published, and meant to be too high: `hop` of a link within a",
-        "domain, `network` of a message of a few kB between two.",
-        "",
-        "| chip | TFLOP/s | memory GB/s | link GB/s | domain | hop µs | network µs | source |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-        *(
-            f"| {name} | {c.flops / 1e12:g} | {c.memory / 1e9:g} | {c.link / 1e9:g} "
-            f"| {c.domain:,} | {c.hop * 1e6:g} | {c.network * 1e6:g} | <{c.source}> |"
-            for name, c in CHIPS.items()
-        ),
-        "",
-    ]
-    return "\n".join(lines)
+    for x in entries:
+        text = f"{100 * x['share']:.2g} %" if "share" in x else "does not fit"
+        cells.setdefault((x["chip"], x["parameters"]), []).append(text)
+    counts = [f"{count:,} chips" for count in COUNTS]
+    models = [[k, f"{m.depth}", f"{m.tokens / 1e6:g} M", m.source] for k, m in MODELS.items()]
+    units = {"flops": 1e-12, "memory": 1e-9, "link": 1e-9, "hop": 1e6, "network": 1e6}
+    chips = []
+    for name, chip in CHIPS.items():
+        said = {field: f"{getattr(chip, field) * by:g}" for field, by in units.items()}
+        said |= {"domain": f"{chip.domain:,}", "source": f"<{chip.source}>"}
+        fields = ("flops", "memory", "link", "domain", "hop", "network", "source")
+        chips.append([name, *(said[field] for field in fields)])
+    speeds = ["TFLOP/s", "memory GB/s", "link GB/s"]
+    chip_heads = ["chip", *speeds, "domain", "hop µs", "network µs", "source"]
+    formulas = "\n".join(f"{name} = {formula}" for name, formula in FORMULA.items())
+    return f"""\
+# What share of a training step `unit_scale()` takes
 
+Computed by `python -m benchmarks lower` from the compiled programs in `lower.json`,
+which give `all_reduces`, and from published figures; nothing was timed. The gradient is
+read twice and written once, as where a device's part does not fit on the chip, and the
+l2 norm sends three float32 numbers a leaf.
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+```
+{formulas}
+```
+
+{markdown(["chip", "parameters", *counts], [[*k, *row] for k, row in cells.items()], 2)}
+Where the share is large, a step takes milliseconds or less: the batch leaves each chip a
+few dozen tokens, and every other collective of the step waits as long.
+
+`utilisation` is {UTILISATION}, as Llama 3 405B reports 38 to 43 % (arXiv 2407.21783).
+A model fits where there are {BYTES_A_PARAMETER} bytes a parameter.
+
+{markdown(["parameters", "depth", "tokens a step", "as"], models, 1, 1)}
+Latencies are assumed, not published, and meant to be too high: `hop` of a link within a
+domain, `network` of a message of a few kB between two.
+
+{markdown(chip_heads, chips, 1, 1)}"""

@@ -5,8 +5,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Collective", "collectives", "reads", "wire_bytes"]
-
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -19,10 +17,7 @@ KINDS = (
 
 
 class Instruction(NamedTuple):
-    """One line of a program: `%name = type opcode(%operand, ...), attributes`.
-
-    A parameter's only operand is its number.
-    """
+    """`%name = type opcode(%operand, ...), attributes`; a parameter's operand is its number."""
 
     name: str
     type: str
@@ -32,11 +27,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Something that devices do together.
-
-    `inputs` are the dtypes and sizes of what one device puts in, `group` is how many devices take
-    part.
-    """
+    """What `group` devices do together; `inputs`: dtypes and sizes of what one of them puts in."""
 
     kind: str
     inputs: tuple[tuple[str, int], ...]
@@ -49,15 +40,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str, devices: int) -> list[Collective]:
-    """All collectives of a program.
-
-    Args:
-      program: the text of a compiled program.
-      devices: for how many devices it is.
-
-    Returns:
-      One `Collective` each; one that the compiler cut into asynchronous pieces counts once.
-    """
+    """All of a program's text, compiled for so many devices; one cut into pieces counts once."""
     found: dict[object, Collective] = {}
     for instructions in _computations(program).values():
         types = {x.name: x.type for x in instructions}
@@ -85,19 +68,15 @@ def wire_bytes(collective: Collective) -> float:
 
 
 def reads(program: str, leaves: int) -> float:
-    """How often the program reads its first parameters from main memory, taken together.
+    """How often a program reads its first `leaves` parameters from main memory: bytes a byte.
 
-    What was copied into on-chip memory is not read from there: of a leaf
-    that is copied once and used twice only the copy counts.
-
-    Args:
-      program: the text of a compiled program.
-      leaves: how many parameters count.
-
-    Returns:
-      Bytes read for each byte that they have.
+    What was copied into on-chip memory is not read from there: of a leaf that is copied once and
+    used twice only the copy counts.
     """
-    entry = _entry(program)
+    name = re.search(r"^ENTRY %([\w.-]+)", program, re.MULTILINE)
+    if not name:
+        raise ValueError("the program has no ENTRY computation")
+    entry = _computations(program)[name[1]]
     sizes = {
         x.name: _bytes(_shapes(x.type)[:1])
         for x in entry
@@ -133,13 +112,6 @@ def _computations(program: str) -> dict[str, list[Instruction]]:
             names = tuple(name.lstrip("%") for name in operands.split(", "))
             found[next(reversed(found))].append(Instruction(name, type_, opcode, names, attributes))
     return found
-
-
-def _entry(program: str) -> list[Instruction]:
-    name = re.search(r"^ENTRY %([\w.-]+)", program, re.MULTILINE)
-    if not name:
-        raise ValueError("the program has no ENTRY computation")
-    return _computations(program)[name[1]]
 
 
 def _shapes(type_: str) -> list[tuple[str, int]]:

@@ -10,8 +10,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-__all__ = ["AXES", "TOPOLOGIES", "Topology", "is_installed", "make_mesh"]
-
 AXES = ("fsdp", "tensor")
 # What libtpu would otherwise ask a TPU's host for, or wait for.
 _WITHOUT_A_TPU = {
@@ -26,11 +24,7 @@ _H100 = pathlib.Path(__file__).with_name("h100.txtpb")
 
 
 class Topology(NamedTuple):
-    """Chips and how they are wired.
-
-    `layout` is libtpu's name, or for GPUs slices x hosts x GPUs a host; `fsdp` and `tensor` are
-    the mesh that is laid over them.
-    """
+    """Chips as libtpu names them, or slices x hosts x GPUs a host; the mesh laid over them."""
 
     platform: str
     layout: str
@@ -61,13 +55,10 @@ def make_mesh(topology: Topology) -> Mesh:
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(_WITHOUT_A_TPU)
     if topology.platform == "tpu":
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.layout)
+        more = {"topology_name": topology.layout}
     else:
-        found = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            target_config=_H100.read_text(),
-            topology=topology.layout,
-        )
+        gpu = {"target_config": _H100.read_text(), "topology": topology.layout}
+        more = {"topology_name": "", **gpu}
+    found = topologies.get_topology_desc(platform=topology.platform, **more)
     count = topology.fsdp * topology.tensor
     return Mesh(np.array(found.devices[:count]).reshape(topology.fsdp, topology.tensor), AXES)

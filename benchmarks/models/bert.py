@@ -1,17 +1,13 @@
 """An encoder-only transformer, BERT, and how it takes the weights of a Hugging Face checkpoint."""
 
-import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-__all__ = ["Bert", "BertConfig", "Classifier", "Frozen", "mean", "restore"]
 
 # What the modules are called in a checkpoint.
 STEM = {
@@ -35,58 +31,23 @@ LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": 
 UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
 
 
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """Sizes of a BERT, counted in tokens, positions, kinds, blocks, heads and features."""
-
-    vocabulary: int
-    context: int
-    kinds: int
-    depth: int
-    heads: int
-    width: int
-    hidden: int
-    epsilon: float
-
-    @classmethod
-    def read(cls, text: str) -> "BertConfig":
-        """Takes the sizes from a Hugging Face `config.json`.
-
-        Raises:
-          ValueError: it describes another kind of model.
-        """
-        said = json.loads(text)
-        built = {
-            "model_type": "bert",
-            "hidden_act": "gelu",
-            "position_embedding_type": "absolute",
-        }
-        for field, value in built.items():
-            if said.get(field) != value:
-                raise ValueError(
-                    f"BertConfig.read: {field} is {said.get(field)!r}, expected {value!r}. "
-                    "Load a checkpoint of the original BERT's form."
-                )
-        return cls(
-            vocabulary=said["vocab_size"],
-            context=said["max_position_embeddings"],
-            kinds=said["type_vocab_size"],
-            depth=said["num_hidden_layers"],
-            heads=said["num_attention_heads"],
-            width=said["hidden_size"],
-            hidden=said["intermediate_size"],
-            epsilon=said["layer_norm_eps"],
-        )
+# What a checkpoint's `config.json` calls the sizes of a BERT, and for the rest must say.
+Config = Mapping[str, Any]
+BUILT: dict[str, Any] = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+}
 
 
 class Block(nnx.Module):
     """Attention and a feed-forward layer, each normalised after its residual is added."""
 
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        width = config.width
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        width, hidden = config["hidden_size"], config["intermediate_size"]
         linear = functools.partial(nnx.Linear, rngs=rngs)
-        norm = functools.partial(nnx.LayerNorm, width, epsilon=config.epsilon, rngs=rngs)
-        self.heads = config.heads
+        norm = functools.partial(nnx.LayerNorm, width, epsilon=config["layer_norm_eps"], rngs=rngs)
+        self.heads = config["num_attention_heads"]
         self.query = linear(width, width)
         # No bias: the softmax is blind to it, so its gradient is rounding noise, and at unit norm
         # it would be long noise.
@@ -94,8 +55,8 @@ class Block(nnx.Module):
         self.value = linear(width, width)
         self.out = linear(width, width)
         self.attention_norm = norm()
-        self.up = linear(width, config.hidden)
-        self.down = linear(config.hidden, width)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width)
         self.mlp_norm = norm()
 
     def __call__(self, x: jax.Array, there: jax.Array) -> jax.Array:
@@ -114,23 +75,26 @@ class Bert(nnx.Module):
     Transformers for Language Understanding, https://arxiv.org/abs/1810.04805
     """
 
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        for field, value in BUILT.items():
+            if config[field] != value:
+                raise ValueError(
+                    f"Bert: {field} is {config[field]!r}, expected {value!r}. "
+                    "Load a checkpoint of the original BERT's form."
+                )
+        embed = functools.partial(nnx.Embed, features=config["hidden_size"], rngs=rngs)
         self.config = config
-        self.words = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
-        self.positions = nnx.Embed(config.context, config.width, rngs=rngs)
-        self.kinds = nnx.Embed(config.kinds, config.width, rngs=rngs)
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
+        self.words = embed(config["vocab_size"])
+        self.positions = embed(config["max_position_embeddings"])
+        self.kinds = embed(config["type_vocab_size"])
+        width, epsilon = config["hidden_size"], config["layer_norm_eps"]
+        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config["num_hidden_layers"])])
 
     def __call__(self, tokens: jax.Array, kinds: jax.Array) -> jax.Array:
-        """Maps ids of tokens, where 0 pads, and of their kinds to vectors.
+        """Maps ids (batch, position) of tokens, where 0 pads, to vectors (batch, position, width).
 
-        Args:
-          tokens: shape (batch, position).
-          kinds: 0 in the first text and 1 in the second, of the same shape.
-
-        Returns:
-          shape (batch, position, width).
+        The kinds are 0 in the first text and 1 in the second.
         """
         places = self.positions(jnp.arange(tokens.shape[1]))[None]
         x = self.norm(self.words(tokens) + places + self.kinds(kinds))
@@ -146,18 +110,18 @@ class Frozen(nnx.Variable):
 class Classifier(nnx.Module):
     """Two logits, of no and of yes, of the mean of a BERT's vectors.
 
-    Attributes:
-      bert: its last blocks are trained, the rest of it stays as it is.
-      head: a linear layer.
+    Of the BERT the last `trained` blocks are trained, and the rest stays as it is.
     """
 
     def __init__(self, bert: Bert, trained: int, rngs: nnx.Rngs):
-        """Takes a BERT, for its own, and how many of its blocks to train."""
         blocks = list(cast(Iterable[Block], bert.blocks))
         for module in (bert.words, bert.positions, bert.kinds, bert.norm, *blocks[:-trained]):
-            _freeze(module)
+            for _, part in nnx.iter_modules(module):
+                for name, value in list(vars(part).items()):
+                    if isinstance(value, nnx.Param):
+                        setattr(part, name, Frozen(value[...]))
         self.bert = bert
-        self.head = nnx.Linear(bert.config.width, 2, rngs=rngs)
+        self.head = nnx.Linear(bert.config["hidden_size"], 2, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, kinds: jax.Array) -> jax.Array:
         """Maps what `Bert` takes to logits (batch, 2)."""
@@ -170,43 +134,26 @@ def mean(x: jax.Array, tokens: jax.Array) -> jax.Array:
     return (x * there).sum(axis=1) / there.sum(axis=1)
 
 
-def _freeze(module: nnx.Module) -> None:
-    for _, part in nnx.iter_modules(module):
-        for name, value in list(vars(part).items()):
-            if isinstance(value, nnx.Param):
-                setattr(part, name, Frozen(value[...]))
-
-
 def restore(model: Bert, tensors: Mapping[str, np.ndarray]) -> None:
-    """Gives a model the weights of a checkpoint.
+    """Gives a model the weights of a checkpoint, by Hugging Face's names of PyTorch's modules.
 
-    Args:
-      model: of the checkpoint's sizes; its parameters are replaced, and need only have shapes.
-      tensors: by the names that PyTorch's modules have in Hugging Face's transformers.
-
-    Raises:
-      ValueError: a tensor is missing, has another shape or dtype, or has no place in the model; the
-        model is as it was.
+    Its parameters are replaced, and need only have shapes. A ValueError says that a tensor is
+    missing, has another shape or dtype, or has no place in the model, which is then as it was.
     """
     left = set(tensors) - set(UNUSED)
-    left -= {f"{_stem(('blocks', str(i), 'key'))}.bias" for i in range(model.config.depth)}
+    left -= {f"{_stem(('blocks', str(i), 'key'))}.bias" for i in range(len(model.blocks))}
     restored = []
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, leaf = map(str, path)
         name = f"{_stem(module)}.{LEAVES[leaf]}"
         # PyTorch's matrices multiply from the left.
         shape = parameter.shape[::-1] if leaf == "kernel" else parameter.shape
-        wanted = f"float32 of shape {shape}"
-        if name not in tensors:
+        tensor = tensors.get(name)
+        found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
+        if tensor is None or found != f"float32 of shape {shape}":
             raise ValueError(
-                f"restore: the checkpoint has no tensor {name!r}, expected {wanted}. "
-                "Read a whole checkpoint."
-            )
-        tensor = tensors[name]
-        if (tensor.dtype, tensor.shape) != (np.float32, shape):
-            raise ValueError(
-                f"restore: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, expected "
-                f"{wanted}. Make the model from the checkpoint's own config.json."
+                f"restore: tensor {name!r} is {found}, expected float32 of shape {shape}. Make the "
+                "model from the checkpoint's own config.json, and read all of it."
             )
         value = jnp.asarray(tensor.T if leaf == "kernel" else tensor)
         restored.append((path, parameter.replace(value)))

@@ -5,8 +5,6 @@ import itertools
 import jax
 from flax import nnx
 
-__all__ = ["STRIDE", "Detector"]
-
 # Pixels of the image for each cell of the output, along either axis.
 STRIDE = 8
 
@@ -16,15 +14,8 @@ class Block(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, rngs: nnx.Rngs):
         self.residual = (inputs, stride) == (outputs, 1)
-        self.convolution = nnx.Conv(
-            inputs,
-            outputs,
-            (3, 3),
-            strides=stride,
-            kernel_dilation=dilation,
-            use_bias=False,
-            rngs=rngs,
-        )
+        more = {"strides": stride, "kernel_dilation": dilation, "use_bias": False}
+        self.convolution = nnx.Conv(inputs, outputs, (3, 3), **more, rngs=rngs)
         # Over features alone, so that it does the same to a tile and to a whole photograph.
         self.norm = nnx.LayerNorm(outputs, rngs=rngs)
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["GPT", "GPTConfig", "complete"]
-
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
@@ -80,15 +78,9 @@ class GPT(nnx.Module):
 
 @nnx.jit
 def complete(model: GPT, tokens: jax.Array, given: jax.Array) -> jax.Array:
-    """Goes on after the first `given` tokens of each row with the likeliest next one.
+    """Goes on after the first `given`, one or more, of each row with the likeliest next one.
 
-    Args:
-      model: its parameters are left as they are.
-      tokens: ids of shape (batch, context).
-      given: how many of each row to keep, shape (batch,), one or more.
-
-    Returns:
-      ids of shape (batch, context).
+    From ids (batch, context) to such ids; the model's parameters are left as they are.
     """
     # A copy, so that the caller's model gets no cache.
     reader = nnx.clone(model)

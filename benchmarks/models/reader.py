@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["Reader"]
-
 
 class Reader(nnx.Module):
     """Decomposable attention with convolutions for context: two logits, of no and of yes.

@@ -11,8 +11,6 @@ from typing import NamedTuple
 from benchmarks.arguments import UsageError
 from benchmarks.sweep.trial import Trial, Trials
 
-__all__ = ["Job", "Remember", "Run", "run"]
-
 # Trains at a learning rate with a seed.
 Run = Callable[[float, int], Trial]
 # Makes a `Run` that tells what comes out, and repeats nothing.
@@ -20,12 +18,9 @@ Remember = Callable[[Trials], Run]
 
 
 class Job(NamedTuple):
-    """All trials of one optimizer on one task.
+    """All trials of one optimizer on one task, by what it is given, but for those `done` before.
 
-    Attributes:
-      title: what errors and the progress bar say.
-      work: runs them, by what it is given; a function of a module, or a `partial` of one.
-      done: those that an earlier sweep has.
+    `work` is a function of a module, or a `partial` of one.
     """
 
     title: str
@@ -33,34 +28,23 @@ class Job(NamedTuple):
     done: Sequence[Trial] = ()
 
 
-def run(
-    jobs: Sequence[Job], workers: int, stop: Callable[[], bool]
-) -> Iterator[tuple[int, Trial | None]]:
-    """Runs each job in a process of its own.
+def run(jobs: Sequence[Job], workers: int, stop: Callable[[], bool]) -> Iterator[tuple[int, Trial]]:
+    """Runs each job in a process of its own, so many at a time, which share the CPU's cores out.
 
-    Args:
-      jobs: what to run, in this order.
-      workers: processes at a time; several share the CPU's cores out among themselves.
-      stop: asked a few times a second whether to end early.
-
-    Yields:
-      The place of a job, and a trial of it that has ended; None at the job's end.
-
-    Raises:
-      UsageError: a process failed.
+    Yields the place of a job, and a trial of it that has ended. Asks a few times a second whether
+    to `stop`. A process that fails raises a UsageError.
     """
     context = multiprocessing.get_context("spawn")
-    waiting = list(enumerate(jobs))
-    free = list(range(workers))
-    running: dict[connection.Connection, tuple[int, int, BaseProcess]] = {}
+    waiting, free = list(enumerate(jobs)), list(range(workers))
+    running: dict[connection.Connection, tuple[Job, int, int, BaseProcess]] = {}
     # On Python 3.11 its start would let Ctrl-C through below.
     resource_tracker.ensure_running()
     try:
         while (waiting or running) and not stop():
             while waiting and free:
-                index, turn = waiting[0][0], free[0]
+                (index, job), turn = waiting.pop(0), free.pop(0)
                 news, end = context.Pipe(duplex=False)
-                arguments = (waiting.pop(0)[1], end, free.pop(0), workers)
+                arguments = job, end, turn, workers
                 process = context.Process(target=_start, args=arguments, daemon=True)
                 # Ctrl-C reaches the whole group, but never what starts while it is blocked; the
                 # first process ends the others.
@@ -68,10 +52,10 @@ def run(
                 process.start()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
                 end.close()
-                running[news] = index, turn, process
+                running[news] = job, index, turn, process
             ready = connection.wait(list(running), timeout=0.2)
             for news in [x for x in running if x in ready]:
-                index, turn, process = running[news]
+                job, index, turn, process = running[news]
                 try:
                     yield index, news.recv()
                 except EOFError:
@@ -79,13 +63,11 @@ def run(
                     free.append(turn)
                     process.join()
                     if process.exitcode:
-                        raise UsageError(
-                            f"{jobs[index].title} ended with status {process.exitcode}; what it "
-                            "printed stands above"
-                        ) from None
-                    yield index, None
+                        how = f"ended with status {process.exitcode}"
+                        text = f"{job.title} {how}; what it printed stands above"
+                        raise UsageError(text) from None
     finally:
-        for _, _, process in running.values():
+        for *_, process in running.values():
             process.terminate()
 
 
@@ -98,7 +80,7 @@ def _start(job: Job, news: connection.Connection, turn: int, workers: int) -> No
 
     def remember(trials: Trials) -> Run:
         def trial(learning_rate: float, seed: int) -> Trial:
-            key = (learning_rate, seed)
+            key = learning_rate, seed
             if key not in known:
                 known[key] = trials.run(*key)
                 try:

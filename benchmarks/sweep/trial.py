@@ -15,35 +15,23 @@ from benchmarks import optimizers
 from benchmarks.tasks import SPLITS, Task
 from optax_unitscale import layers_of
 
-__all__ = ["EVALUATIONS", "Trial", "Trials"]
-
 EVALUATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a run came to.
-
-    Attributes:
-      optimizer: its name.
-      learning_rate: the schedule's peak.
-      seed: of weights and batches.
-      losses: of the first step; then the mean of the steps up to each of `EVALUATIONS` equally
-        spaced ones. None stands for what is no number and for the end of the run.
-      curve: the validation metric at the same steps.
-      results: the final metric of each split.
-      reached: the step of the first evaluation that was at the target, or None.
-      seconds: what a step takes, the first steps left out; on CPU of the cores' time, which does
-        not depend on what else they do.
-    """
+    """What a run came to; None stands for what is no number, and in losses for the run's end."""
 
     optimizer: str
-    learning_rate: float
-    seed: int
+    learning_rate: float  # The schedule's peak.
+    seed: int  # Of weights and batches.
+    # Of the first step; then the mean of the steps up to each of `EVALUATIONS` equally spaced ones.
     losses: list[float | None]
-    curve: list[float | None]
-    results: dict[str, float | None]
-    reached: int | None
+    curve: list[float | None]  # The validation metric at the same steps.
+    results: dict[str, float | None]  # The final metric of each split.
+    reached: int | None  # The step of the first evaluation that was at the target.
+    # What a step takes, the first left out; on CPU of all cores' time, which does not depend on
+    # what else they do.
     seconds: float | None
 
     @property
@@ -52,24 +40,26 @@ class Trial:
         first, *_, last = self.losses
         return first is None or last is None or last > 2 * first
 
+    @property
+    def loss(self) -> float:
+        """The mean training loss of the last tenth; infinite where the run diverged."""
+        last = self.losses[-1]
+        return math.inf if self.diverged or last is None else last
+
 
 class Trials:
     """Runs trials of one optimizer on one task; all of them share what XLA compiled."""
 
     def __init__(self, task: Task, optimizer: str, steps: int, batch_size: int):
-        """Takes the task, the optimizer's name, and the length and batch size of each run."""
-        self._task = task
-        self._optimizer = optimizer
-        self._steps = steps
-        self._batch_size = batch_size
+        self._task, self._optimizer = task, optimizer
+        self._steps, self._batch_size = steps, batch_size
         self._step = functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))(self._take)
 
     def run(self, learning_rate: float, seed: int) -> Trial:
         """Trains from the start; a trial whose loss is no number ends there."""
         task = self._task
         graph, params, others = nnx.split(model := task.model(seed), nnx.Param, ...)
-        transformation = self._transformation(learning_rate, model)
-        state = transformation.init(params)
+        state = self._transformation(learning_rate, model).init(params)
         clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
         # Fewer where there are fewer steps.
         ends = sorted({max(1, self._steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)})
@@ -92,6 +82,7 @@ class Trials:
             curve.append(task.evaluate(nnx.merge(graph, params, others), "validation"))
         whole = len(curve) == len(ends)
         model = nnx.merge(graph, params, others)
+        at = [e for e, v in zip(ends, curve, strict=False) if task.better(v, task.target)]
         return Trial(
             optimizer=self._optimizer,
             learning_rate=learning_rate,
@@ -99,9 +90,7 @@ class Trials:
             losses=list(map(_number, losses)),
             curve=list(map(_number, curve)),
             results={x: _number(task.evaluate(model, x)) if whole else None for x in SPLITS},
-            reached=next(
-                (e for e, v in zip(ends, curve, strict=False) if task.better(v, task.target)), None
-            ),
+            reached=min(at, default=None),
             # The first steps compile.
             seconds=_number(np.median(durations[1:] or durations)),
         )
@@ -109,8 +98,7 @@ class Trials:
     def _take(self, graph, params, state, others, batch, rate):
         model = nnx.merge(graph, params, others)
         loss, gradient = nnx.value_and_grad(self._task.loss)(model, batch)
-        transformation = self._transformation(rate, model)
-        updates, state = transformation.update(gradient, state, params)
+        updates, state = self._transformation(rate, model).update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     def _transformation(self, rate, model):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -13,11 +14,11 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-__all__ = ["SPLITS", "TASKS", "Rows", "Task", "load", "printable", "summary"]
-
 SPLITS = ("train", "validation", "test")
-Batch = Any
 Rows = slice | np.ndarray
+
+# Results of `compare`.
+TUNED = pathlib.Path(__file__).parents[1] / "results/cpu-2-cores/compare/compare.json"
 
 # Each module here has a function `load` that returns its Task.
 TASKS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
@@ -27,49 +28,42 @@ TASKS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.isp
 class Task:
     """Data, model, loss and metric of one application.
 
-    Attributes:
-      metric: the name of what `evaluate` returns, with its unit.
-      higher_is_better: whether a good model has a high metric, such as an accuracy.
-      target: the value of the metric that counts as reached, fixed before any run.
-      fingerprint: the SHA-256 of the data, hexadecimal.
-      steps: training steps unless the user says otherwise.
-      sweep: the same where there are many runs.
-      batch_size: examples in a batch unless the user says otherwise.
-      tokens: how many of `unit` one example holds, for the throughput.
-      unit: what a model reads, in the plural: "tokens", "images".
-      learning_rates: the peak rates of contenders unless the user says otherwise.
-      model: makes the model from a seed.
-      batch: those rows of a training batch that `(seed, step, batch_size, rows)` names by a slice
-        or by indices, a pure function; its leaves' first axis is the row.
-      loss: the scalar training loss of a model on a batch.
-      evaluate: the metric of a model on a split: "validation", "test", or "train", which stands
-        for a fixed part of the training data, about as large as the validation split.
-      sample: what the model makes of unseen inputs, as text, from a seed.
-      draw: the same as a picture, where people would rather look.
-      evaluations: how often a run computes the metric on its way, at the end too.
+    A batch is a pure function of `(seed, step, batch_size, rows)`, those of its rows that a slice
+    or indices name; its leaves' first axis is the row. The metric is of a split of `SPLITS`, where
+    "train" stands for a fixed part of it, about as large as the validation split.
     """
 
-    metric: str
+    metric: str  # The name of what `evaluate` returns, with its unit.
     higher_is_better: bool
-    target: float
-    fingerprint: str
-    steps: int
-    sweep: int
+    target: float  # The value of the metric that counts as reached, fixed before any run.
+    fingerprint: str  # The SHA-256 of the data, hexadecimal.
+    steps: int  # Of training, unless the user says otherwise, as the batch size.
     batch_size: int
-    tokens: int
+    tokens: int  # How many of `unit`, such as "images", one example holds, for the throughput.
     unit: str
-    learning_rates: Mapping[str, float]
-    model: Callable[[int], nnx.Module]
-    batch: Callable[..., Batch]
-    loss: Callable[[Any, Batch], jax.Array]
+    model: Callable[[int], nnx.Module]  # From a seed.
+    batch: Callable[..., Any]
+    loss: Callable[[Any, Any], jax.Array]  # Of a model on a batch.
     evaluate: Callable[[Any, str], float]
-    sample: Callable[[Any, int], str]
-    draw: Callable[[Any, int], Figure] | None = None
-    evaluations: int = 20
+    sample: Callable[[Any, int], str]  # What a model makes of unseen inputs, from a seed.
+    draw: Callable[[Any], Figure] | None = None  # The same as a picture.
+    evaluations: int = 20  # How often a run computes the metric on its way, at the end too.
+    # Peak rates of contenders where `tuned` has none.
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def measure(self) -> str:
+        """The metric, and which way is better."""
+        return f"{self.metric}, {'higher' if self.higher_is_better else 'lower'} is better"
 
     def better(self, value: float, other: float) -> bool:
         """Whether one value of the metric is at least as good as another; no NaN is."""
         return value >= other if self.higher_is_better else value <= other
+
+
+def draw_rows(seed: int, step: int, count: int, batch_size: int, rows: Rows) -> np.ndarray:
+    """Those of a batch's random indices below `count` that `rows` names."""
+    return np.random.default_rng((seed, step)).integers(count, size=batch_size)[rows]
 
 
 def printable(text: str) -> str:
@@ -86,3 +80,9 @@ def summary(name: str) -> str:
 def load(name: str) -> Task:
     """Reads a task's data and returns it ready to train."""
     return importlib.import_module(f"benchmarks.tasks.{name}").load()
+
+
+def tuned(name: str) -> dict[str, float]:
+    """A task's best peak rate of each optimizer, among half-decades, that `compare` found."""
+    places = json.loads(TUNED.read_text()).get(name, {"standings": []})["standings"]
+    return {place["optimizer"]: float(f"{place['learning_rate']:.1g}") for place in places}

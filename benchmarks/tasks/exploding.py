@@ -5,12 +5,10 @@ The image is a sequence of 112 steps, each of which can make a gradient larger b
 
 from flax import nnx
 
-from benchmarks.models.rnn import RNN
+from benchmarks.models.classifiers import RNN
 from benchmarks.tasks import Task
 from benchmarks.tasks.image_classification import splits
 from benchmarks.tasks.shared.classification import make_task
-
-__all__ = ["load"]
 
 PIXELS = 7
 WIDTH = 64
@@ -24,14 +22,5 @@ def load() -> Task:
         model=lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
         target=50.0,
         steps=1000,
-        sweep=1000,
         batch_size=64,
-        # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={
-            "sgd": 0.1,
-            "clip": 0.003,
-            "adamw": 0.01,
-            "muon": 0.003,
-            "unit_scale": 0.01,
-        },
     )

@@ -7,11 +7,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import data
-from benchmarks.models.cnn import CNN
+from benchmarks.models.classifiers import CNN
 from benchmarks.tasks import Task
 from benchmarks.tasks.shared.classification import Images, make_task, split
-
-__all__ = ["load", "splits"]
 
 SIZE = 28
 
@@ -34,8 +32,5 @@ def load() -> Task:
         model=lambda seed: CNN(SIZE, 10, nnx.Rngs(seed)),
         target=95.0,
         steps=600,
-        sweep=600,
         batch_size=64,
-        # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.01, "muon": 0.03, "unit_scale": 0.1},
     )

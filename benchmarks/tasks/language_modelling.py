@@ -12,9 +12,7 @@ from flax import nnx
 
 from benchmarks import data
 from benchmarks.models.gpt import GPT, GPTConfig
-from benchmarks.tasks import Rows, Task, printable
-
-__all__ = ["load", "splits"]
+from benchmarks.tasks import Rows, Task, draw_rows, printable
 
 CONFIG = GPTConfig(vocabulary=256, context=64, depth=2, heads=4, width=128)
 EVALUATED = 128
@@ -34,19 +32,15 @@ def splits() -> dict[str, np.ndarray]:
 
 def load() -> Task:
     """Reads the text."""
-    text = splits()
     return Task(
         metric="bits per character",
         higher_is_better=False,
         target=3.0,
-        fingerprint=data.fingerprint(text.values()),
+        fingerprint=data.fingerprint(splits().values()),
         steps=1200,
-        sweep=1200,
         batch_size=8,
         tokens=CONFIG.context,
         unit="tokens",
-        # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.01, "unit_scale": 0.03},
         model=lambda seed: GPT(CONFIG, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,
@@ -55,12 +49,15 @@ def load() -> Task:
     )
 
 
-def _batch(seed: int, step: int, batch_size: int, rows: Rows) -> np.ndarray:
-    """Random windows of the training text, one token longer than the context."""
-    text = splits()["train"]
-    rng = np.random.default_rng((seed, step))
-    starts = rng.integers(len(text) - CONFIG.context, size=batch_size)[rows]
+def _windows(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """One token longer than the context."""
     return text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
+
+
+def _batch(seed: int, step: int, batch_size: int, rows: Rows) -> np.ndarray:
+    """Random windows of the training text."""
+    text = splits()["train"]
+    return _windows(text, draw_rows(seed, step, len(text) - CONFIG.context, batch_size, rows))
 
 
 def _loss(model: GPT, batch: jax.Array) -> jax.Array:
@@ -79,7 +76,7 @@ def _evaluate(model: GPT, split: str) -> float:
     """
     text = splits()[split]
     starts = np.linspace(0, len(text) - CONFIG.context - 1, EVALUATED).astype(int)
-    windows = text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
+    windows = _windows(text, starts)
     targets = windows[:, 1:]
     characters = np.count_nonzero(targets & 0xC0 != 0x80)
     bits_per_byte = float(_evaluation_loss(model, jnp.asarray(windows))) / math.log(2)
@@ -103,7 +100,5 @@ def _sample(model: GPT, seed: int) -> str:
     start = text.tobytes().index(b"\n\nThe ") + 2
     prompt = text[start : start + CONFIG.context].astype(np.int32)
     tokens = _generate(model, jnp.asarray(prompt), jax.random.key(seed), SAMPLE_LENGTH)
-    prompt_text, continuation = (
-        bytes(np.asarray(part, np.uint8)).decode(errors="replace") for part in (prompt, tokens)
-    )
-    return printable(f"{prompt_text}▸{continuation}")
+    texts = (bytes(np.asarray(x, np.uint8)).decode(errors="replace") for x in (prompt, tokens))
+    return printable("▸".join(texts))

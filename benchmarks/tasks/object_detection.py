@@ -7,6 +7,7 @@ import functools
 import io
 import xml.etree.ElementTree
 import zipfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -31,10 +32,10 @@ from benchmarks.tasks.shared.detection import (
     turn,
 )
 
-__all__ = ["Photograph", "load", "splits"]
-
 TILE = 128
 WIDTH = 32
+# Of a photograph that was trained on, to evaluate: pixels, along either axis.
+PART = 400
 # From Yellowstone, Florida and California.
 NAMES = {
     "train": ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop"),
@@ -88,12 +89,9 @@ def load() -> Task:
         target=15.0,
         fingerprint=data.fingerprint(array for photograph in photographs for array in photograph),
         steps=800,
-        sweep=800,
         batch_size=8,
         tokens=1,
         unit="tiles",
-        # The best of seven half-decades each, see results/cpu-2-cores/compare.
-        learning_rates={"sgd": 0.003, "clip": 0.1, "adamw": 0.1, "muon": 0.1, "unit_scale": 0.01},
         model=lambda seed: Detector(WIDTH, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,
@@ -156,39 +154,38 @@ def _evaluate(model: Detector, split: str) -> float:
     """AP50 over whole photographs; for "train", over a part of one as large as the others."""
     photographs = splits()[split]
     if split == "train":
-        photographs = [_part(photographs[1], 400)]
+        # The lower right corner.
+        pixels, boxes = photographs[1]
+        height, width = pixels.shape[:2]
+        boxes = cut(boxes, width - PART, height - PART, PART, PART)
+        photographs = [Photograph(pixels[-PART:, -PART:], boxes)]
     found = [_find(model, photograph.pixels) for photograph in photographs]
     return average_precision([photograph.boxes for photograph in photographs], found)
 
 
-def _part(photograph: Photograph, size: int) -> Photograph:
-    """The lower right corner."""
-    height, width = photograph.pixels.shape[:2]
-    boxes = cut(photograph.boxes, width - size, height - size, size, size)
-    return Photograph(photograph.pixels[-size:, -size:], boxes)
+def _unseen(model: Detector) -> Iterator[tuple[str, Photograph, np.ndarray, np.ndarray, int]]:
+    """Photographs that were not trained on, as many of the best boxes as trees, and the found."""
+    for split in ("validation", "test"):
+        (photograph,) = splits()[split]
+        count = len(photograph.boxes)
+        boxes, scores = (part[:count] for part in _find(model, photograph.pixels))
+        yield split, photograph, boxes, scores, hit(photograph.boxes, boxes).sum()
 
 
 def _sample(model: Detector, seed: int) -> str:
     """How many trees are found in the photographs that were not trained on."""
     del seed
-    lines = []
-    for split in ("validation", "test"):
-        ((pixels, truth),) = splits()[split]
-        boxes = _find(model, pixels)[0][: len(truth)]
-        found = hit(truth, boxes).sum()
-        lines.append(
-            f"{split:<11}{found} of {len(truth)} trees found by the {len(boxes)} best boxes"
-        )
-    return "\n".join(lines)
+    return "\n".join(
+        f"{split:<11}{found} of {len(truth)} trees found by the {len(boxes)} best boxes"
+        for split, (_, truth), boxes, _, found in _unseen(model)
+    )
 
 
-def _draw(model: Detector, seed: int) -> Figure:
+def _draw(model: Detector) -> Figure:
     """The photographs that were not trained on, their trees, and as many of the best boxes."""
-    del seed
     figure, axes = plt.subplots(1, 2, figsize=(13, 7.2), layout="constrained")
-    for panel, split in zip(axes, ("validation", "test"), strict=True):
-        ((pixels, truth),) = splits()[split]
-        boxes, scores = (part[: len(truth)] for part in _find(model, pixels))
+    for panel, (split, photograph, boxes, scores, found) in zip(axes, _unseen(model), strict=True):
+        pixels, truth = photograph
         panel.imshow(pixels)
         for box in truth:
             panel.add_patch(_rectangle(box, "white"))
@@ -197,22 +194,21 @@ def _draw(model: Detector, seed: int) -> Figure:
             corner = np.maximum(box[:2], 0) + 2
             panel.text(*corner, f"{100 * score:.0f}", color="red", va="top", clip_on=True)
         title = f"{split}, {NAMES[split][0]}: AP50 {_evaluate(model, split):.0f} %"
-        panel.set(title=f"{title}, {hit(truth, boxes).sum()} of {len(truth)} trees found")
+        panel.set(title=f"{title}, {found} of {len(truth)} trees found")
         panel.set(xlabel="x [pixels of 10 cm]", ylabel="y [pixels of 10 cm]")
         # A box may reach beyond the photograph.
         panel.set(xlim=(0, pixels.shape[1]), ylim=(pixels.shape[0], 0))
-    figure.legend(
-        [_rectangle(np.zeros(4), color) for color in ("white", "red")],
-        ["tree, drawn by hand", "found: as many of the best as there are trees, score in %"],
-        loc="outside lower center",
-        ncols=2,
-        facecolor="darkgray",
-    )
+    legend = {
+        "tree, drawn by hand": "white",
+        "found: as many of the best as there are trees, score in %": "red",
+    }
+    handles = [_rectangle(np.zeros(4), color) for color in legend.values()]
+    where = {"loc": "outside lower center", "ncols": 2, "facecolor": "darkgray"}
+    figure.legend(handles, list(legend), **where)
     return figure
 
 
 def _rectangle(box: np.ndarray, color: str) -> Rectangle:
     left, top, right, bottom = box
-    return Rectangle(
-        (left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.5
-    )
+    more = {"fill": False, "color": color, "linewidth": 1.5}
+    return Rectangle((left, top), right - left, bottom - top, **more)

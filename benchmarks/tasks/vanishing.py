@@ -4,16 +4,13 @@ Depths 4, 16 and 32 are tasks of their own, in files beside this one.
 """
 
 import functools
-from collections.abc import Mapping
 
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from benchmarks.models.mlp import MLP
+from benchmarks.models.classifiers import MLP
 from benchmarks.tasks import Task
 from benchmarks.tasks.shared.classification import Images, make_task, split
-
-__all__ = ["load", "load_depth", "splits"]
 
 WIDTH = 64
 
@@ -25,20 +22,12 @@ def splits() -> dict[str, Images]:
     return split(pixels.reshape(-1, 8, 8) / 16, labels)
 
 
-def load() -> Task:
-    """Reads the images, for eight hidden layers."""
-    # The best of seven half-decades each, see results/cpu-2-cores/compare.
-    return load_depth(8, {"sgd": 0.1, "clip": 0.1, "adamw": 0.003, "muon": 0.03, "unit_scale": 0.1})
-
-
-def load_depth(depth: int, learning_rates: Mapping[str, float]) -> Task:
+def load(depth: int = 8) -> Task:
     """Reads the images, for some number of hidden layers."""
     return make_task(
         splits(),
         model=lambda seed: MLP(64, WIDTH, depth, 10, nnx.sigmoid, nnx.Rngs(seed)),
         target=95.0,
         steps=3000,
-        sweep=3000,
         batch_size=256,
-        learning_rates=learning_rates,
     )

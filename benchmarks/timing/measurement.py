@@ -1,6 +1,7 @@
 """How things are timed: compiled first, then in turn, round by round, and compared by the round."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,6 @@ import numpy as np
 
 from benchmarks.timing.methods import PASSES
 
-__all__ = ["Row", "Timed", "compile_function", "measure", "quartiles", "summarize"]
-
 Row = dict[str, Any]
 WARM_UP = 3
 # Seconds in which the threads of other libraries stop spinning.
@@ -20,21 +19,37 @@ SETTLE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """Something to time.
-
-    Attributes:
-      name: what people call it.
-      scope: what it is compared within, with the first of that scope.
-      call: does it once and waits for the end.
-      passes: the ceilings that together move the same bytes.
-      facts: what is known of it beforehand, for its row.
-    """
+    """Something to time, beside the others of its scope, and above all the first of them."""
 
     name: str
     scope: str
-    call: Callable[[], Any]
-    passes: tuple[str, ...] = ()
-    facts: Row = dataclasses.field(default_factory=dict)
+    call: Callable[[], Any]  # Does it once and waits for the end.
+    passes: tuple[str, ...] = ()  # The ceilings that together move the same bytes.
+    facts: Row = dataclasses.field(default_factory=dict)  # Known of it beforehand.
+
+
+class Arrays:
+    """Arrays that each program overwrites and hands to the next, and others that stay."""
+
+    def __init__(self, donated: Any, kept: Any = None):
+        self.donated, self.kept = donated, kept
+
+    def timed(
+        self,
+        name: str,
+        scope: str,
+        function: Callable[..., Any],
+        passes: tuple[str, ...] = (),
+        needs_kept: bool = False,
+    ) -> Timed:
+        """Of `(donated, kept) -> (donated, other results)`, compiled."""
+        kept = self.kept if needs_kept else None
+        program, facts = compile_function(function, self.donated, kept, donate=0)
+
+        def call() -> None:
+            self.donated, _ = jax.block_until_ready(program(self.donated, kept))
+
+        return Timed(name, scope, call, passes, facts)
 
 
 def compile_function(
@@ -46,40 +61,21 @@ def compile_function(
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
-    memory = program.memory_analysis()
-    return program, {
+    facts: Row = {
         "trace_seconds": round(traced - start, 3),
         "compile_seconds": round(compiled - traced, 3),
-        "temporary_bytes": _beyond_arguments(memory) if memory else None,
     }
+    if memory := program.memory_analysis():
+        # A result that does not take over a donated argument is memory too.
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        facts["temporary_bytes"] = memory.temp_size_in_bytes + new
+    return program, facts
 
 
-def _beyond_arguments(memory: Any) -> int:
-    # A result that does not take over a donated argument is memory too.
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + new
+def measure(contenders: Sequence[Timed], rounds: int, stop: threading.Event) -> np.ndarray:
+    """The seconds of each contender in each round, (contender, round), in turn.
 
-
-def measure(
-    contenders: Sequence[Timed],
-    rounds: int,
-    advance: Callable[[], Any],
-    gradient_bytes: int | None = None,
-) -> list[Row]:
-    """Times all contenders in turn.
-
-    Args:
-      contenders: in their order; of each scope the first is what the others are compared with.
-        Those of scope "ceiling" measure the one pass that they have; where several measure the
-        same one, the fastest counts.
-      rounds: how often each is timed, after some rounds that do not count.
-      advance: called after each round.
-      gradient_bytes: of the gradient, for those that have passes.
-
-    Returns:
-      A row a contender, scope by scope: its name and facts; seconds; ratio, the time over that of
-      its scope's first in the same round; bytes, how many its passes move; share, what its passes
-      took in the same round over its time. Seconds, ratio and share are medians with quartiles.
+    Rounds to warm up do not count. A KeyboardInterrupt says that `stop` was set.
     """
     taken: list[list[float]] = [[] for _ in contenders]
     for _ in range(WARM_UP + rounds):
@@ -88,22 +84,18 @@ def measure(
             contender.call()
             times.append(time.perf_counter() - start)
         time.sleep(SETTLE)
-        advance()
-    return summarize(contenders, np.array(taken)[:, WARM_UP:], gradient_bytes)
+        if stop.is_set():
+            raise KeyboardInterrupt
+    return np.array(taken)[:, WARM_UP:]
 
 
-def summarize(
-    contenders: Sequence[Timed], times: np.ndarray, gradient_bytes: int | None = None
-) -> list[Row]:
-    """What `measure` returns, from the seconds of each contender in each round.
+def summarize(contenders: Sequence[Timed], times: np.ndarray, gradient_bytes: int) -> list[Row]:
+    """A row a contender, scope by scope, from what `measure` returns.
 
-    Args:
-      contenders: as there.
-      times: of shape (contenders, rounds).
-      gradient_bytes: as there.
-
-    Returns:
-      The rows, scope by scope.
+    It holds the name and the facts; seconds; ratio, the time over that of the scope's first in the
+    same round; bytes, how many the passes move; share, what the passes took in the same round over
+    the time. These are medians with quartiles. Contenders of scope "ceiling" measure the one pass
+    that they have; where several measure the same one, the fastest counts.
     """
     firsts: dict[str, np.ndarray] = {}
     ceilings: dict[str, np.ndarray] = {}
@@ -114,23 +106,18 @@ def summarize(
             (name,) = contender.passes
             ceilings[name] = min(ceilings.get(name, own), own, key=np.median)
     for contender, own in zip(contenders, times, strict=True):
-        row = {"scope": contender.scope, "name": contender.name, "seconds": quartiles(own)}
+        row = {"scope": contender.scope, "name": contender.name, "seconds": _quartiles(own)}
         if contender.scope != "ceiling":
-            row["ratio"] = quartiles(own / firsts[contender.scope])
-        if contender.passes and gradient_bytes is not None:
+            row["ratio"] = _quartiles(own / firsts[contender.scope])
+        if contender.passes:
             row["passes"] = list(contender.passes)
             row["bytes"] = gradient_bytes * sum(PASSES[name] for name in contender.passes)
             least = np.sum([ceilings[name] for name in contender.passes], axis=0)
-            row["share"] = quartiles(least / own)
+            row["share"] = _quartiles(least / own)
         rows.setdefault(contender.scope, []).append(row | contender.facts)
     return [row for scope in rows.values() for row in scope]
 
 
-def quartiles(values: np.ndarray) -> dict[str, float]:
-    """The median and the quartiles, in four digits."""
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {
-        "median": float(f"{median:.4g}"),
-        "low": float(f"{low:.4g}"),
-        "high": float(f"{high:.4g}"),
-    }
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    low, median, high = (float(f"{x:.4g}") for x in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "low": low, "high": high}

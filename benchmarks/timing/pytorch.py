@@ -10,19 +10,19 @@ import jax
 from benchmarks import machine
 from benchmarks.timing.measurement import Timed
 
-__all__ = ["INSTALLED", "steps", "transformations"]
-
 INSTALLED = importlib.util.find_spec("torch") is not None
-# What must be moved, whatever PyTorch moves.
-_SCALE = ("read", "copy")
-_STEP = ("read", "triad")
 
 
-def transformations(shapes: Any) -> list[Timed]:
-    """What to time of the scopes "leaf" and "global", on gradients of their own."""
+def contenders(shapes: Any, *, steps: bool) -> list[Timed]:
+    """What to time on gradients of these shapes: whole steps of an optimizer, or their scaling.
+
+    Their passes are what must be moved, whatever PyTorch moves.
+    """
     if not INSTALLED:
         return []
-    torch, params = _params(shapes)
+    torch = importlib.import_module("torch")
+    params = _params(torch, shapes)
+    sgd = torch.optim.SGD(params, lr=1e-3, foreach=True)
 
     def loop() -> None:
         for p in params:
@@ -35,34 +35,32 @@ def transformations(shapes: Any) -> list[Timed]:
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(params, 0.5)
 
-    return [
-        Timed("torch: p.grad /= norm(p.grad)", "leaf", _waiting(torch, loop), _SCALE),
-        Timed("torch: foreach norm, div", "leaf", _waiting(torch, foreach), _SCALE),
-        Timed("torch: clip_grad_norm_(0.5)", "global", _waiting(torch, clip), _SCALE),
-    ]
-
-
-def steps(shapes: Any) -> list[Timed]:
-    """Whole optimizer steps, of scope "step"."""
-    if not INSTALLED:
-        return []
-    torch, params = _params(shapes)
-    sgd = torch.optim.SGD(params, lr=1e-3, foreach=True)
-
-    def foreach() -> None:
-        gradients = [p.grad for p in params]
-        torch._foreach_div_(gradients, torch._foreach_norm(gradients))
+    def foreach_step() -> None:
+        foreach()
         sgd.step()
 
+    def timed(name: str, scope: str, function: Callable[[], Any], *passes: str) -> Timed:
+        def call() -> None:
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+        return Timed(f"torch: {name}", scope, call, passes)
+
+    if steps:
+        return [
+            timed("SGD", "step", sgd.step, "triad"),
+            timed("foreach norm, div, SGD", "step", foreach_step, "read", "triad"),
+        ]
     return [
-        Timed("torch: SGD", "step", _waiting(torch, sgd.step), ("triad",)),
-        Timed("torch: foreach norm, div, SGD", "step", _waiting(torch, foreach), _STEP),
+        timed("p.grad /= norm(p.grad)", "leaf", loop, "read", "copy"),
+        timed("foreach norm, div", "leaf", foreach, "read", "copy"),
+        timed("clip_grad_norm_(0.5)", "global", clip, "read", "copy"),
     ]
 
 
-def _params(shapes: Any) -> tuple[Any, list[Any]]:
-    """PyTorch, and parameters with gradients of these shapes, with JAX's threads or on its GPU."""
-    torch = importlib.import_module("torch")
+def _params(torch: Any, shapes: Any) -> list[Any]:
+    """Parameters with gradients of these shapes, with JAX's threads or on its GPU."""
     torch.set_num_threads(machine.cores())
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -72,13 +70,4 @@ def _params(shapes: Any) -> tuple[Any, list[Any]]:
         p = torch.zeros(x.shape, **like, requires_grad=True)
         p.grad = torch.empty(x.shape, **like).normal_(generator=generator)
         params.append(p)
-    return torch, params
-
-
-def _waiting(torch: Any, function: Callable[[], Any]) -> Callable[[], None]:
-    def call() -> None:
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return call
+    return params

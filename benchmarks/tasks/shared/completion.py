@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -15,23 +15,10 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from benchmarks import data
 from benchmarks.models.gpt import GPT, GPTConfig, complete
-from benchmarks.tasks import Rows, Task, printable
-
-__all__ = [
-    "PAD",
-    "Examples",
-    "Pair",
-    "Pairs",
-    "evaluation_loss",
-    "learn_tokenizer",
-    "loss",
-    "make_task",
-]
+from benchmarks.tasks import Rows, Task, draw_rows, printable
 
 Pair = tuple[str, str]
 PAD, SEPARATOR, END = range(3)
-VOCABULARY = 2000
-PROMPT_CHARACTERS = 200
 SPECIAL = ["<pad>", "<separator>", "<end>"]
 
 
@@ -54,111 +41,78 @@ def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
 class Examples(NamedTuple):
     """Rows of prompt, separator, completion, end, and padding.
 
-    Attributes:
-      tokens: ids of shape (row, context).
-      given: how many of each row the prompt and its separator take, shape (row,).
+    `tokens` are ids of shape (row, context); `given` is how many of each row the prompt and its
+    separator take, shape (row,).
     """
 
     tokens: Any
     given: Any
 
+    def take(self, rows: Rows) -> "Examples":
+        """Some of the rows."""
+        return Examples(self.tokens[rows], self.given[rows])
+
 
 class Pairs:
-    """Pairs of prompt and completion as tokens.
+    """Pairs of prompt and completion: `splits` as text, `examples` as tokens.
 
-    Attributes:
-      splits: the pairs of each split, as text.
-      vocabulary: how many different tokens.
-      evaluated: how many of each split `first` takes.
-      examples: the pairs of each split, as tokens.
+    What is longer than so many tokens of a prompt or a completion loses its end. The first
+    `evaluated` of a split stand for it in evaluation.
     """
 
     def __init__(
         self,
         splits: Mapping[str, Sequence[Pair]],
         *,
-        vocabulary: int = VOCABULARY,
         prompt: int,
         completion: int,
-        evaluated: int,
+        vocabulary: int = 2000,
+        evaluated: int = 128,
     ):
-        """Learns a tokenizer on the training pairs, and encodes all.
-
-        Args:
-          splits: the pairs of "train", "validation" and "test".
-          vocabulary: how many different tokens.
-          prompt: the most tokens of a prompt; what is longer loses its end.
-          completion: the most tokens of a completion; what is longer loses its end.
-          evaluated: how many pairs of a split to compute a metric on.
-        """
-        self.splits = splits
-        self.vocabulary = vocabulary
-        self.evaluated = evaluated
-        self._lengths = prompt, completion
+        self.splits, self.vocabulary, self.evaluated = splits, vocabulary, evaluated
+        self.context = prompt + completion + 2
+        self._prompt, self._completion = prompt, completion
         texts = [text for pair in splits["train"] for text in pair]
         self._tokenizer = learn_tokenizer(texts, vocabulary)
-        self.examples = {name: self.encode(pairs) for name, pairs in splits.items()}
+        self.examples = {name: self._encode(pairs) for name, pairs in splits.items()}
 
-    def encode(self, pairs: Iterable[Pair]) -> Examples:
-        """The pairs as rows of one length."""
-        prompt, completion = self._lengths
-        prompts, completions = zip(*pairs, strict=True)
-        encoded = zip(
-            self._tokenizer.encode_batch(list(prompts)),
-            self._tokenizer.encode_batch(list(completions)),
-            strict=True,
-        )
-        tokens = np.full((len(prompts), prompt + completion + 2), PAD, np.int32)
-        given = np.empty(len(prompts), np.int32)
-        for row, (first, second) in enumerate(encoded):
-            start = [*first.ids[:prompt], SEPARATOR]
-            whole = [*start, *second.ids[:completion], END]
+    def _encode(self, pairs: Sequence[Pair]) -> Examples:
+        tokens = np.full((len(pairs), self.context), PAD, np.int32)
+        given = np.empty(len(pairs), np.int32)
+        sides = (self._tokenizer.encode_batch(list(x)) for x in zip(*pairs, strict=True))
+        for row, (first, second) in enumerate(zip(*sides, strict=True)):
+            start = [*first.ids[: self._prompt], SEPARATOR]
+            whole = [*start, *second.ids[: self._completion], END]
             tokens[row, : len(whole)] = whole
             given[row] = len(start)
         return Examples(tokens, given)
 
-    @property
-    def context(self) -> int:
-        """Tokens in a row."""
-        return sum(self._lengths) + 2
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of all examples."""
-        return data.fingerprint(array for part in self.examples.values() for array in part)
-
     def batch(self, seed: int, step: int, batch_size: int, rows: Rows) -> Examples:
         """Random training examples."""
-        tokens, given = self.examples["train"]
-        rng = np.random.default_rng((seed, step))
-        chosen = rng.integers(len(tokens), size=batch_size)[rows]
-        return Examples(tokens[chosen], given[chosen])
+        train = self.examples["train"]
+        return train.take(draw_rows(seed, step, len(train.given), batch_size, rows))
 
     def first(self, split: str) -> Examples:
         """The examples of a split that stand for it in evaluation."""
-        tokens, given = self.examples[split]
-        return Examples(jnp.asarray(tokens[: self.evaluated]), jnp.asarray(given[: self.evaluated]))
+        return Examples(*map(jnp.asarray, self.examples[split].take(slice(self.evaluated))))
 
     def complete(self, model: GPT, split: str) -> tuple[list[str], list[str]]:
         """What a model makes of the `first` prompts of a split, greedily, and what was wanted."""
         examples = self.first(split)
-        found = np.asarray(complete(model, *examples))
-        texts = [
-            self._tokenizer.decode(_until_end(row[start:])).strip()
-            for row, start in zip(found, np.asarray(examples.given), strict=True)
-        ]
+        rows = zip(np.asarray(complete(model, *examples)), examples.given, strict=True)
+        texts = []
+        for found in (row[int(start) :] for row, start in rows):
+            ends = np.flatnonzero(found == END)
+            found = found[: ends[0] if ends.size else None]
+            texts.append(self._tokenizer.decode(found.tolist()).strip())
         return texts, [completion for _, completion in self.splits[split][: self.evaluated]]
 
     def show(self, completions: Sequence[str], count: int, seed: int) -> str:
         """Prompts of the test split, what `complete` made of them, and what was wanted."""
         start = seed % (len(completions) // count) * count
         chosen = slice(start, start + count)
-        blocks = (
-            f"{shorten(prompt, PROMPT_CHARACTERS)}\n▸ {completion}\n= {wanted}"
-            for (prompt, wanted), completion in zip(
-                self.splits["test"][chosen], completions[chosen], strict=True
-            )
-        )
+        shown = zip(self.splits["test"][chosen], completions[chosen], strict=True)
+        blocks = (f"{shorten(pair[0], 200)}\n▸ {found}\n= {pair[1]}" for pair, found in shown)
         return printable("\n\n".join(blocks))
 
 
@@ -174,23 +128,40 @@ def loss(model: GPT, examples: Examples) -> jax.Array:
 evaluation_loss = nnx.jit(loss)
 
 
-def make_task(pairs: Pairs, **fields: Any) -> Task:
-    """The task of completing `pairs`, with a small GPT; `fields` are what tasks do not share."""
+def make_task(
+    pairs: Pairs,
+    *,
+    score: Callable[[Sequence[str], Sequence[str]], float] | None = None,
+    shown: int = 4,
+    note: Callable[[Sequence[str], Sequence[str]], str] = lambda found, wanted: "",
+    **fields: Any,
+) -> Task:
+    """The task of completing `pairs`, with a small GPT; `fields` are what tasks do not share.
+
+    The metric is the score of what was found against what was wanted, else the perplexity. `note`
+    goes below the samples of which so many are shown.
+    """
     config = GPTConfig(pairs.vocabulary, pairs.context, depth=2, heads=4, width=128)
+
+    def evaluate(model: GPT, split: str) -> float:
+        if score is None:
+            return float(jnp.exp(evaluation_loss(model, pairs.first(split))))
+        return score(*pairs.complete(model, split))
+
+    def sample(model: GPT, seed: int) -> str:
+        found, wanted = pairs.complete(model, "test")
+        return pairs.show(found, shown, seed) + note(found, wanted)
+
     return Task(
-        fingerprint=pairs.fingerprint,
+        fingerprint=data.fingerprint(array for part in pairs.examples.values() for array in part),
         steps=600,
-        sweep=600,
         batch_size=16,
         tokens=pairs.context,
         unit="tokens",
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
         batch=pairs.batch,
         loss=loss,
+        evaluate=evaluate,
+        sample=sample,
         **fields,
     )
-
-
-def _until_end(row: np.ndarray) -> list[int]:
-    ends = np.flatnonzero(row == END)
-    return row[: ends[0] if ends.size else None].tolist()

@@ -5,10 +5,8 @@ Boxes are rows of (left, top, right, bottom) in pixels.
 
 import contextlib
 import io
-import json
-import pathlib
-import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask
@@ -16,8 +14,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.models.detector import STRIDE
-
-__all__ = ["SYMMETRIES", "average_precision", "cut", "decode", "encode", "hit", "turn"]
 
 SYMMETRIES = 8
 # A tree of which a tile shows less cannot be recognised as one.
@@ -73,13 +69,11 @@ def encode(boxes: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
 def decode(heat: np.ndarray, described: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     """The boxes and scores, best first, of the cells that no neighbour exceeds.
 
-    Args:
-      heat: how likely a box is centred in each cell, of shape (rows, columns).
-      described: those boxes, of shape (rows, columns, 4), as `encode` describes them.
-      least: the smallest score to return.
+    `heat`, (rows, columns), is how likely a box is centred in each cell, and counts from `least`
+    on; `described`, (rows, columns, 4), are those boxes as `encode` describes them.
     """
-    around = np.pad(heat, 1)
-    highest = np.lib.stride_tricks.sliding_window_view(around, (3, 3)).max((-2, -1))
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(heat, 1), (3, 3))
+    highest = around.max((-2, -1))
     rows, columns = np.nonzero((heat >= highest) & (heat >= least))
     order = np.argsort(-heat[rows, columns], kind="stable")
     rows, columns = rows[order], columns[order]
@@ -103,9 +97,7 @@ def average_precision(
 ) -> float:
     """AP50 as COCO defines it, in percent, but without its limit of 100 boxes an image.
 
-    Args:
-      truths: the boxes of each image.
-      found: the boxes and scores that were found in each image.
+    Of the true boxes of each image, and the boxes and scores that were found in it.
     """
     annotations = [
         {"image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
@@ -119,23 +111,18 @@ def average_precision(
     ]
     if not results:
         return 0.0
-    truth = {
-        "info": {},
-        "images": [{"id": i} for i in range(len(truths))],
-        "categories": [{"id": 1}],
-        # COCOeval takes an id of 0 for "not matched".
-        "annotations": [{"id": n, **annotation} for n, annotation in enumerate(annotations, 1)],
-    }
-    # COCO reads files and prints its progress.
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        paths = [pathlib.Path(scratch, name) for name in ("truth.json", "results.json")]
-        for path, content in zip(paths, (truth, results), strict=True):
-            path.write_text(json.dumps(content))
-        coco = COCO(str(paths[0]))
-        evaluation = COCOeval(coco, coco.loadRes(str(paths[1])), "bbox")
+    # COCO prints its progress.
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco: Any = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": i} for i in range(len(truths))],
+            "categories": [{"id": 1}],
+            # COCOeval takes an id of 0 for "not matched".
+            "annotations": [{"id": n, **x} for n, x in enumerate(annotations, 1)],
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.params.maxDets = [len(results)]
         evaluation.evaluate()

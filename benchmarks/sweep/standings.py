@@ -1,0 +1,249 @@
+"""What `compare` says of each optimizer on a task, and of unit_scale: tables and pictures."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import show
+from benchmarks.optimizers import COMPARED, CONTENDERS, is_ours
+from benchmarks.sweep.search import best_rate, worth
+from benchmarks.sweep.trial import Trial
+from benchmarks.tasks import SPLITS, Task
+
+# Of the best: a metric within this share of it counts as near.
+NEAR = 0.1
+# unit_scale's ways in warm colours and whole lines, the others cold and dashed.
+_OURS = [name for name in COMPARED if is_ours(name)]
+_OTHERS = [name for name in COMPARED if not is_ours(name)]
+STYLES: dict[str, dict[str, Any]] = {
+    name: {"color": color, "linestyle": line, "marker": marker}
+    for names, colors, last, line in ((_OURS, "autumn", 0.75, "-"), (_OTHERS, "winter", 0.9, "--"))
+    for name, color, marker in zip(
+        names, plt.colormaps[colors](np.linspace(0.0, last, len(names))), "osv^DPX*", strict=False
+    )
+}
+
+
+class Standing(NamedTuple):
+    """How one optimizer did on one task."""
+
+    optimizer: str
+    learning_rate: float  # The best of those tried, by the final validation metric with seed 0.
+    at_edge: bool  # Whether it was the least or the greatest of those tried.
+    test: list[float | None]  # The final test metric at that rate, of each further seed.
+    mean: float | None  # Of these.
+    gap: float | None  # The training metric minus the test metric, mean over the seeds.
+    steps: int | None  # Median to the target over the seeds, None if half of them never came to.
+    seconds: float | None  # The same in seconds of training; on CPU, of all cores' time together.
+    near: float  # How many decades of learning rate came within `NEAR` of the best of any.
+    near_own: float  # The same of its own best.
+    diverged: int  # How many of the learning rates tried diverged.
+    tried: int
+
+
+def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
+    """One standing an optimizer that has a finished trial, the best test metric first."""
+    tuning = {
+        name: [trial for trial in trials if trial.optimizer == name and trial.seed == 0]
+        for name in CONTENDERS
+    }
+    best = max((worth(t, task) for own in tuning.values() for t in own), default=-math.inf)
+    result = [
+        _standing(name, own, [t for t in trials if t.optimizer == name and t.seed], task, best)
+        for name, own in tuning.items()
+        if own
+    ]
+    sign = -1 if task.higher_is_better else 1
+    return sorted(result, key=lambda x: math.inf if x.mean is None else sign * x.mean)
+
+
+def _standing(
+    name: str, tuning: Sequence[Trial], seeds: Sequence[Trial], task: Task, best: float
+) -> Standing:
+    rate = best_rate(list(tuning), task)
+    rates = sorted(trial.learning_rate for trial in tuning)
+    everything, seeds = [*tuning, *seeds], [t for t in seeds if t.learning_rate == rate]
+    values = {split: [trial.results[split] for trial in seeds] for split in SPLITS}
+    pairs = zip(values["train"], values["test"], strict=True)
+    gaps = [x - y for x, y in pairs if x is not None and y is not None]
+    reached = sorted(math.inf if x.reached is None else x.reached for x in seeds)
+    steps = statistics.median_high(reached) if reached else math.inf
+    # Of all trials, for the machine may have been busy during one.
+    paces = [trial.seconds for trial in everything if trial.seconds is not None]
+    worths = [worth(trial, task) for trial in tuning]
+
+    def decades(best: float) -> float:
+        """Half a decade for each learning rate that is near the best."""
+        near = [x >= best - NEAR * abs(best) for x in worths if not math.isinf(best)]
+        return 0.5 * sum(near)
+
+    return Standing(
+        optimizer=name,
+        learning_rate=rate,
+        at_edge=rate in (rates[0], rates[-1]),
+        test=values["test"],
+        mean=_mean(values["test"]),
+        gap=_mean(gaps),
+        steps=None if math.isinf(steps) else int(steps),
+        seconds=None if math.isinf(steps) or not paces else steps * statistics.median(paces),
+        near=decades(best),
+        near_own=decades(max(worths)),
+        diverged=sum(trial.diverged for trial in tuning),
+        tried=len(tuning),
+    )
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    """None if there is none, or one that is no number."""
+    return None if not values or None in values else statistics.fmean(values)
+
+
+def plot_rates(
+    name: str, task: Task, trials: Sequence[Trial], places: Sequence[Standing]
+) -> Figure:
+    """The final validation metric against the learning rate, one line an optimizer.
+
+    In two panels, for learning rates mean something else to optimizers whose step they bound than
+    to the others.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained", sharey=True)
+    for panel, ours in zip(panels, (True, False), strict=True):
+        for place in (place for place in places if is_ours(place.optimizer) == ours):
+            own = [t for t in trials if t.optimizer == place.optimizer and t.seed == 0]
+            own.sort(key=lambda trial: trial.learning_rate)
+            values = [math.nan if t.diverged else _value(t) for t in own]
+            label = place.optimizer + (f", {place.mean:.4g}" if place.mean is not None else "")
+            rates, style = [t.learning_rate for t in own], STYLES[place.optimizer]
+            panel.plot(rates, values, label=label, **style)
+            lost = [t.learning_rate for t in own if t.diverged]
+            edge, at = 0.02 if task.higher_is_better else 0.98, panel.get_xaxis_transform()
+            panel.plot(lost, [edge] * len(lost), "x", color=style["color"], transform=at)
+        panel.axhline(task.target, color="grey", linestyle=":", linewidth=1)
+        panel.set(xscale="log", xlabel="peak learning rate")
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+            panel.legend(ncols=3, fontsize=9, title="optimizer, test metric", **where)
+    finite = [_value(t) for t in trials if not t.diverged and t.results["validation"] is not None]
+    if finite and not task.higher_is_better:
+        # Far above, nothing is to be told apart.
+        low, high = min(finite), float(np.quantile(finite, 0.9))
+        panels[0].set_ylim(low - 0.05 * (high - low), high)
+    panels[0].set(ylabel=f"validation {task.metric}", title="with unit_scale")
+    panels[1].set(title="without")
+    better = "higher" if task.higher_is_better else "lower"
+    figure.suptitle(f"{name}: {better} is better; dotted: the target; x: diverged")
+    return figure
+
+
+def _value(trial: Trial) -> float:
+    value = trial.results["validation"]
+    return math.nan if value is None else value
+
+
+class Verdict(NamedTuple):
+    """The best optimizer with unit_scale against the best without, by the mean test metric.
+
+    `outcome` is "better" or "worse" where no seed of one is as good as any of the other, "level"
+    where some are.
+    """
+
+    ours: Mapping[str, Any]
+    other: Mapping[str, Any]
+    outcome: str
+
+
+def judge(result: Mapping[str, Any]) -> Verdict | None:
+    """Of a task, as `compare.json` holds it; None where one side has no finished seeds."""
+    sign = 1 if result["higher_is_better"] else -1
+    finished = [place for place in result["standings"] if place["mean"] is not None]
+    finished.sort(key=lambda place: -sign * place["mean"])
+    ours = next((place for place in finished if is_ours(place["optimizer"])), None)
+    other = next((place for place in finished if not is_ours(place["optimizer"])), None)
+    if ours is None or other is None:
+        return None
+    here, there = ([sign * value for value in place["test"]] for place in (ours, other))
+    outcome = "better" if min(here) > max(there) else "worse" if max(here) < min(there) else "level"
+    return Verdict(ours, other, outcome)
+
+
+def verdicts(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown, one row a task; "decades" are of learning rate, `Standing.near`."""
+    heads = ["task", "metric", "best with `unit_scale`", "best without", "it is", "SGD", "clipping"]
+    rows = []
+    for name, result in results.items():
+        verdict = judge(result)
+        if verdict is None:
+            continue
+        places = {place["optimizer"]: place for place in result["standings"]}
+        rivals = [places.get(rival) for rival in ("sgd", "clip")]
+        own = [verdict.ours, *rivals]
+        rows.append(
+            [
+                name.replace("_", " "),
+                _measure(result),
+                *(f"`{x['optimizer']}` {_spread(x)}" for x in (verdict.ours, verdict.other)),
+                verdict.outcome,
+                *map(_spread, rivals),
+                ", ".join(f"{place['near']:.1f}" if place else "-" for place in own),
+            ]
+        )
+    return show.markdown([*heads, "decades: it, SGD, clipping"], rows)
+
+
+def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The mean test metric by optimizer and task."""
+    found: dict[str, dict[str, str]] = {}
+    for task, result in results.items():
+        for place in result["standings"]:
+            mean = "diverged" if place["mean"] is None else f"{place['mean']:.3g}"
+            found.setdefault(place["optimizer"], {})[task] = mean
+    return found
+
+
+def mean_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown, one row an optimizer and one column a task."""
+    found = means(results)
+    names = sorted(found, key=lambda name: (is_ours(name), name))
+    rows = [[f"`{name}`", *(found[name].get(task, "-") for task in results)] for name in names]
+    return show.markdown(["optimizer", *(x.replace("_", " ") for x in results)], rows)
+
+
+def plot_tasks(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """One panel a task, one row an optimizer: the seeds' test metrics and their mean."""
+    figure, panels = show.panels(len(results), 4, (3.5, 3.2), sharey=True)
+    for panel, (name, result) in zip(panels, results.items(), strict=True):
+        for place in result["standings"]:
+            row, color = COMPARED.index(place["optimizer"]), STYLES[place["optimizer"]]["color"]
+            if place["mean"] is not None:
+                rows = [row] * len(place["test"])
+                panel.plot(place["test"], rows, "|-", color=color, alpha=0.6)
+                panel.plot(place["mean"], row, "o", color=color)
+        panel.axvline(result["target"], color="grey", linestyle=":", linewidth=1)
+        panel.set(title=name.replace("_", " "), xlabel=_measure(result))
+        panel.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(COMPARED)), COMPARED)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        "Test metric of further seeds at each one's best learning rate, and their mean; dotted: "
+        "the target"
+    )
+    return figure
+
+
+def _measure(result: Mapping[str, Any]) -> str:
+    better = "higher" if result["higher_is_better"] else "lower"
+    return f"{result['metric']}, {better} is better"
+
+
+def _spread(place: Mapping[str, Any] | None) -> str:
+    if place is None:
+        return "-"
+    if place["mean"] is None:
+        return "diverged"
+    return f"{place['mean']:.3g} ({min(place['test']):.3g} to {max(place['test']):.3g})"

@@ -1,0 +1,243 @@
+"""The parts of a run: what each compares, small jobs each, so that little is lost."""
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from flax import nnx
+
+from benchmarks.models.gpt import GPT
+from benchmarks.timing import pytorch, trees
+from benchmarks.timing.measurement import Arrays, Row, Timed
+from benchmarks.timing.methods import CEILINGS, SCOPES, STEPS
+from benchmarks.timing.trees import MODELS
+from optax_unitscale import unit_scale
+from optax_unitscale.orthogonal import orthogonalize
+
+PARTS = {
+    "transformation": "every method alone on the gradients of GPTs, beside the ceilings",
+    "step": "an optimizer's step, parameters included",
+    "training": "a GPT's training step",
+    "eager": "calls without jax.jit on 150 leaves",
+    "leaves": "4 M parameters in more and more leaves, run and compiled",
+    "groups": "4 M parameters in more and more rows and columns",
+    "orthogonal": "orthogonalize beside Optax's on the kernels of transformers",
+}
+DTYPES = ("float32", "bfloat16")
+RATE = 1e-3
+SEQUENCES = 4
+TRAINED = ("sgd", "unit_scale(), sgd", 'unit_scale(scope="global"), sgd')
+EAGER_LEAVES = 150
+LEAVES = (10, 30, 100, 300, 1000, 2000, 3000, 5000)
+GROUPS = (1, 4, 16, 64, 256, 1024, 4096)
+# Blocks and their width.
+SIZES = ((12, 256), (48, 64))
+# The first of each scope is what the others are compared with.
+SCALING = {
+    "optax.clip_by_block_rms(1)": ("leaf", optax.clip_by_block_rms(1.0)),
+    "unit_scale()": ("leaf", unit_scale()),
+    "optax.normalize_by_update_norm()": ("global", optax.normalize_by_update_norm()),
+    'unit_scale(scope="global")': ("global", unit_scale(scope="global")),
+}
+# Coefficients and steps are equal but in the last.
+ORTHOGONAL = {
+    "optax.contrib.scale_by_muon(beta=0)": optax.contrib.scale_by_muon(
+        beta=0.0,
+        weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(), tree
+        ),
+    ),
+    'orthogonalize(coefficients="muon")': orthogonalize(coefficients="muon"),
+    "orthogonalize()": orthogonalize(),
+}
+
+
+# What rows say of what is compared, and the contenders.
+Comparison = tuple[Row, list[Timed]]
+
+
+class Job(NamedTuple):
+    """Something to measure in one go: `make` compiles it, and each is timed in so many rounds."""
+
+    part: str
+    title: str
+    make: Callable[[], Comparison]
+    rounds: int
+
+
+def plan(
+    parts: Collection[str],
+    models: Sequence[str],
+    dtypes: Sequence[str],
+    rounds: int,
+    most_leaves: int,
+    trained: str,
+) -> list[Job]:
+    """What a run measures, in order; training, of one model and in the first dtype, less often."""
+    both = list(itertools.product(models, dtypes))
+    every = {
+        "transformation": (_transformation, both),
+        "step": (_step, both),
+        "training": (_training, [(trained, dtypes[0])]),
+        "eager": (_eager, [()]),
+        "leaves": (_leaves, [(count,) for count in LEAVES if count <= most_leaves]),
+        "groups": (_groups, [(count,) for count in GROUPS]),
+        "orthogonal": (_orthogonal, SIZES),
+    }
+    return [
+        Job(
+            part,
+            " ".join(map(str, (part, *of))),
+            functools.partial(make, *of),
+            -(-rounds // 4) if part == "training" else rounds,
+        )
+        for part, (make, sizes) in every.items()
+        for of in (sizes if part in parts else ())
+    ]
+
+
+def _about(model: str, dtype: str) -> tuple[Row, Any]:
+    """What rows say of a GPT, and its shapes."""
+    shapes = trees.gpt(model, dtype)
+    size, count = trees.parameters(shapes), len(jax.tree.leaves(shapes))
+    return {"model": model, "dtype": dtype, "parameters": size, "leaves": count}, shapes
+
+
+def _only(change: optax.GradientTransformation) -> Callable[[Any, Any], tuple[Any, None]]:
+    return lambda updates, params: (change.update(updates, change.init(updates), params)[0], None)
+
+
+def _transformation(model: str, dtype: str) -> Comparison:
+    """Every method of every scope; "axis" on the same GPT with its blocks stacked."""
+    about, shapes = _about(model, dtype)
+    plain = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
+    stacked = Arrays(trees.fill(trees.stack_blocks(shapes)))
+    contenders = _ceilings(plain)
+    for scope, methods in SCOPES.items():
+        arrays = stacked if scope == "axis" else plain
+        for name, (change, passes, needs) in methods.items():
+            contenders.append(arrays.timed(name, scope, _only(change), passes, needs))
+    return about, contenders + pytorch.contenders(shapes, steps=False)
+
+
+def _step(model: str, dtype: str) -> Comparison:
+    """Optimizer steps whose parameters are donated; the gradient stays as it is."""
+    about, shapes = _about(model, dtype)
+    params = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
+    contenders = _ceilings(params)
+    for name, method in STEPS.items():
+        descend = functools.partial(_descend, optax.chain(method.change, optax.sgd(RATE)))
+        contenders.append(
+            params.timed(name, "step", lambda p, g, f=descend: (f(p, g), None), method.passes, True)
+        )
+    return about, contenders + pytorch.contenders(shapes, steps=True)
+
+
+def _descend(optimizer: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def _training(model: str, dtype: str) -> Comparison:
+    """A training step on a small batch, with and without unit_scale, and that alone.
+
+    The ratios are to the step without: of the transformation alone it is its share of a step.
+    """
+    config = MODELS[model]
+
+    def split() -> Any:
+        return nnx.split(GPT(config, nnx.Rngs(0)), nnx.Param, ...)
+
+    graph = nnx.eval_shape(split)[0]
+    params, rest = jax.jit(lambda: split()[1:])()
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    size = SEQUENCES, config.context + 1
+    tokens = np.random.default_rng(0).integers(config.vocabulary, size=size, dtype=np.int32)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params, rest)(tokens[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    arrays = Arrays(params, jnp.asarray(tokens))
+    contenders = []
+    for name in TRAINED:
+        optimizer = optax.chain(STEPS[name].change, optax.sgd(RATE))
+
+        def train(params: Any, tokens: jax.Array, optimizer: Any = optimizer) -> Any:
+            value, gradient = jax.value_and_grad(loss)(params, tokens)
+            return _descend(optimizer, params, gradient), value
+
+        contenders.append(arrays.timed(name, "training", train, needs_kept=True))
+    about, shapes = _about(model, dtype)
+    alone = Arrays(trees.fill(shapes))
+    for name, change in (("", unit_scale()), ('scope="global"', unit_scale(scope="global"))):
+        contenders.append(alone.timed(f"unit_scale({name}) alone", "training", _only(change)))
+    return {"tokens": SEQUENCES * config.context, **about}, contenders
+
+
+def _eager() -> Comparison:
+    """Calls without `jax.jit` on leaves of 4096 elements; nothing is donated."""
+    updates = [jnp.ones((64, 64)) * (1 + i) for i in range(EAGER_LEAVES)]
+
+    def call_of(change: optax.GradientTransformation) -> Callable[[], None]:
+        state = change.init(updates)
+        return lambda: jax.block_until_ready(change.update(updates, state)[0])
+
+    names = dict.fromkeys(("optax.normalize_by_update_norm()", *SCALING))
+    about = {"leaves": EAGER_LEAVES, "parameters": trees.parameters(updates)}
+    return about, [Timed(name, "eager", call_of(SCALING[name][1])) for name in names]
+
+
+def _leaves(count: int) -> Comparison:
+    shapes = trees.leaves(count)
+    arrays, about = Arrays(trees.fill(shapes)), {"parameters": trees.parameters(shapes)}
+    contenders = [arrays.timed(name, scope, _only(x)) for name, (scope, x) in SCALING.items()]
+    return {"leaves": count, **about}, contenders
+
+
+def _groups(count: int) -> Comparison:
+    """4 arrays of a million elements whose rows, or columns, each have a norm of their own."""
+    contenders = []
+    sizes = count, 2**20 // count
+    for scope, axis, shape in (("rows", 1, sizes), ("columns", 0, sizes[::-1])):
+        arrays = Arrays([jnp.ones(shape) for _ in range(4)])
+
+        def naive(updates: Any, _: Any, axis: int = axis) -> Any:
+            return jax.tree.map(
+                lambda x: x * jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True)), updates
+            ), None
+
+        ours = _only(unit_scale(axis=axis))
+        contenders.append(arrays.timed(f"x * rsqrt(sum(x * x, {axis}))", scope, naive))
+        contenders.append(arrays.timed(f"unit_scale(axis={axis})", scope, ours))
+    return {"groups": count, "parameters": 4 * 2**20}, contenders
+
+
+def _orthogonal(depth: int, width: int) -> Comparison:
+    """The six kernels of each of a transformer's blocks."""
+    shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
+    shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
+    block = {k: {"kernel": jax.ShapeDtypeStruct(x, jnp.float32)} for k, x in shapes.items()}
+    blocks = [block] * depth
+    about = {"model": f"{depth} blocks of width {width}", "parameters": trees.parameters(blocks)}
+    return about, [
+        Arrays(trees.fill(blocks)).timed(name, "orthogonal", _only(change))
+        for name, change in ORTHOGONAL.items()
+    ]
+
+
+def _ceilings(arrays: Arrays) -> list[Timed]:
+    """What memory allows: over the same leaves, and over one float32 array of as many bytes."""
+    words = -(-sum(x.nbytes for x in jax.tree.leaves(arrays.donated)) // 4)
+    whole = Arrays(jnp.ones(words, jnp.float32), jnp.ones(words, jnp.float32))
+    return [
+        of.timed(f"{name}, {place}", "ceiling", function, (name,), name == "triad")
+        for place, of in (("same leaves", arrays), ("one array", whole))
+        for name, function in CEILINGS.items()
+    ]
