@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 from optax_unitscale import (
     Layer,
     Layers,
+    orthogonalize,
     record_norms,
     scale_by_shape,
     unit_muon,
@@ -214,6 +215,14 @@ CONTENDERS = {
         0.01,
         _spectral,
     ),
+    "unit_muon": Contender("unit_muon", 0.03, lambda rate, layers: unit_muon(rate, layers=layers)),
+    "unit_muon_twice": Contender(
+        "orthogonalize, then unit_muon",
+        0.03,
+        lambda rate, layers: optax.chain(
+            orthogonalize(layers=layers), unit_muon(rate, layers=layers)
+        ),
+    ),
 }
 COMPARED = tuple(CONTENDERS)
 CONTENDERS |= {
@@ -247,7 +256,6 @@ CONTENDERS |= {
         lambda rate, layers: _by_kind(rate, layers, unit_scale(), _orthogonal(layers), rows=False),
     ),
     "unit_sgd": Contender("unit_sgd", 0.03, lambda rate, _: unit_sgd(rate)),
-    "unit_muon": Contender("unit_muon", 0.03, lambda rate, layers: unit_muon(rate, layers=layers)),
     "unit_muon_keep_norm": Contender(
         "unit_muon, kernels keep their norm",
         0.03,
@@ -271,6 +279,7 @@ ORTHOGONAL = (
     "unit_scale_muon_leaf",
     "unit_scale_spectral",
     "unit_muon",
+    "unit_muon_twice",
     "unit_muon_keep_norm",
 )
 # Those that `train` shows where nobody asks for others.
