@@ -67,7 +67,7 @@ def add_out(parser: argparse.ArgumentParser, what: str, resumed: str = "") -> No
     """Declares --out, the folder of `what`, and for what can go on, such as "run", --resume."""
     add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", _folder)
     if resumed:
-        text = f"go on where the {resumed} in --out, or the newest under runs/, stopped"
+        text = f"continue the {resumed} in --out, or the newest under runs/"
         parser.add_argument("--resume", action="store_true", help=text)
 
 

@@ -94,7 +94,8 @@ def record_norms(
     and for a leaf that has none, such as a frozen one whose gradient is None. It goes through
     `optax.MultiSteps` and `optax.apply_if_finite`, which leave it as it was in a step without an
     update, and through `jax.lax.scan`, checkpoints, `optax.tree.map_params` and `nnx.Optimizer`.
-    `jax_debug_nans` stops at these NaNs: call `init` in ``with jax.debug_nans(False)``.
+    `jax_debug_nans` stops at these NaNs: call `init` in ``with jax.debug_nans(False)``. Across
+    processes `jax.device_put` refuses them: place the state by `jax.jit` with `out_shardings`.
 
     Args:
       norm: "l2", "rms", "l1" or "linf", as in `unit_scale`.

@@ -400,3 +400,8 @@ def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
     (name,) = nnx.state(model, nnx.Param)
     assert said(model) == {f"{name}/embedding": "embedding"}
     assert said(model, {"*/embedding": Kernel(1, 0)}) == {f"{name}/embedding": "1 > 0"}
+
+
+def test_the_biases_of_experts_are_vectors_of_their_own():
+    experts = nnx.LinearGeneral(3, 5, batch_axis={0: 4}, rngs=nnx.Rngs(0))
+    assert said(experts) == {"kernel": "1 > 2 [0]", "bias": "vector [0]"}

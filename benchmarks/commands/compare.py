@@ -1,7 +1,7 @@
-"""Tunes every optimizer alike on every task, and says which did how well.
+"""Tunes every optimizer in the same way on every task, and compares them.
 
 Each gets the same number of learning rates, half a decade apart, then further seeds at the best.
-A sweep that was stopped goes on with --resume.
+--resume continues a sweep that was stopped.
 """
 
 import argparse

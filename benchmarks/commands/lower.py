@@ -1,4 +1,4 @@
-"""Compiles unit_scale and Optax's methods for TPUs and GPUs, none of which has to be there."""
+"""Compiles unit_scale and Optax's methods for TPUs and GPUs that this machine need not have."""
 
 import argparse
 import platform

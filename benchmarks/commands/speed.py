@@ -1,4 +1,4 @@
-"""Times unit_scale and its alternatives beside what the machine's memory allows."""
+"""Times unit_scale and its alternatives against the memory bandwidth of the machine."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ from benchmarks.timing.trees import MODELS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    what = "of the gradients and parameters"
+    what = "dtype of the gradients and parameters"
     add(parser, "--part", "what to measure", several="everything", choices=PARTS)
     add(parser, "--model", "how many parameters", several="1M, 35M and 124M", choices=MODELS)
     add(parser, "--dtype", what, several="both", choices=DTYPES)

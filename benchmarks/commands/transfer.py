@@ -1,7 +1,7 @@
 """Finds the best learning rate at every size of a model, and says how far it moves.
 
-The rate is found to within a factor of 1.4, with two seeds, for each optimizer and size. A sweep
-that was stopped goes on with --resume.
+The rate is found to within a factor of 1.4, with two seeds, for each optimizer and size.
+--resume continues a sweep that was stopped.
 """
 
 import argparse
@@ -29,14 +29,15 @@ PRESETS = {"cpu": 1.0, "try": 0.2, "accelerator": 10.0}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     about = ", ".join(f"{name} ({family.what})" for name, family in FAMILIES.items())
-    what = f"what differs, {about}"
+    what = f"what varies, {about}"
     add(parser, "--family", what, several="all", choices=tuple(FAMILIES))
     what = "an optimizer to compare"
     add(parser, "--optimizer", what, several=", ".join(TRANSFERRED), choices=tuple(CONTENDERS))
     add(parser, "--size N", "one of a family's sizes", count(), several="all")
     what = (
-        "cpu: about three hours on two cores; try: a fifth of the steps, but where they are the "
-        "size, to see it work; accelerator: larger models and ten times the steps"
+        "cpu: about three hours on two cores; try: a fifth of the steps (except where "
+        "steps are what varies), as a quick check; accelerator: larger models and ten times the "
+        "steps"
     )
     add(parser, "--preset", what, default="cpu", choices=tuple(PRESETS))
     session.add_arguments(parser)

@@ -17,10 +17,23 @@ from benchmarks.lowering.programs import collectives, reads, wire_bytes
 from benchmarks.lowering.topologies import TOPOLOGIES, make_mesh
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.timing.methods import SCOPES
-from optax_unitscale import unit_scale
+from optax_unitscale import Layer, layers_of, orthogonalize, unit_scale
 
 # 3.8 billion parameters in 54 leaves.
 CONFIG = GPTConfig(vocabulary=32768, context=4096, depth=4, heads=64, width=8192)
+
+
+def _matrices(tree: Any) -> Any:
+    """The axes of every kernel as a matrix, those of attention too."""
+
+    def numbers(layer: Layer) -> optax.contrib.MuonDimensionNumbers:
+        return optax.contrib.MuonDimensionNumbers(layer.inputs, layer.outputs)
+
+    return layers_of(tree).map(numbers, tree)
+
+
+def _are_kernels(tree: Any) -> Any:
+    return layers_of(tree).map(lambda layer: layer.kind == "kernel", tree)
 
 
 METHODS: dict[str, optax.GradientTransformation] = {
@@ -32,6 +45,10 @@ METHODS: dict[str, optax.GradientTransformation] = {
     "optax.clip_by_global_norm(1)": optax.clip_by_global_norm(1.0),
     "optax.adaptive_grad_clip(0.01)": optax.adaptive_grad_clip(0.01),
     "optax.contrib.muon(0.02)": optax.contrib.muon(0.02),
+    "optax.contrib.scale_by_muon(beta=0)": optax.masked(
+        optax.contrib.scale_by_muon(beta=0.0, weight_dimension_numbers=_matrices), _are_kernels
+    ),
+    "orthogonalize()": orthogonalize(),
 }
 
 
@@ -70,7 +87,8 @@ def compile_update(
         lambda updates, state, params: transformation.update(updates, state, params),
         donate_argnums=(0, 1),
     )
-    return update.lower(updates, state, updates).compile()
+    with jax.set_mesh(mesh):
+        return update.lower(updates, state, updates).compile()
 
 
 def measure(topology: str, method: str) -> dict[str, Any]:

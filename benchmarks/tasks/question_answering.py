@@ -1,4 +1,4 @@
-"""Yes or no, learnt from nothing: BoolQ's questions, each with a passage, by a small model."""
+"""Yes or no, learnt from scratch: BoolQ's questions, each with a passage, by a small model."""
 
 import functools
 

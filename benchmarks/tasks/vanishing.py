@@ -1,4 +1,4 @@
-"""Naming handwritten digits through eight layers of sigmoids, in which gradients vanish.
+"""Classifying handwritten digits through eight layers of sigmoids, in which gradients vanish.
 
 Depths 4, 16 and 32 are tasks of their own, in files beside this one.
 """

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(parser, "--mesh data=N,fsdp=M", what, _mesh_sizes)
     what = (
-        "train with several processes that meet there, where the first listens; or auto: as Slurm, "
-        "Open MPI, Kubernetes or Cloud TPU say. All need the same options and --out, a folder that "
-        "they share"
+        "address where the first of several processes listens, or auto to take it from Slurm, Open "
+        "MPI, Kubernetes or Cloud TPU. All processes need the same options and --out, a folder "
+        "that they share"
     )
     add(parser, "--coordinator HOST:PORT", what)
     add(parser, "--processes N", "how many processes meet at --coordinator", count())
