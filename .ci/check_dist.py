@@ -19,12 +19,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 # All but those of plot.py and table.py, which need the extra `plot`.
 DOCTESTS = [
     "clip",
-    "groups",
     "history",
     "layers",
     "observe",
     "optimizers",
     "orthogonal",
+    "overrides",
     "parameters",
     "ratios",
     "shape",

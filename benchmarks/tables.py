@@ -53,6 +53,7 @@ def texts() -> dict[str, str]:
     for entry in map(json.loads, (RESULTS / "train" / "metrics.jsonl").read_text().splitlines()):
         if entry["kind"] == "result":
             found[f"train/{entry['optimizer']}"] = f"{entry['test']:.3g}"
+    found["lower"] = _received(_read(RESULTS.parent / "compiled" / "lower.json")["results"])
     return found | _timed(_read(RESULTS / "speed.json")["results"])
 
 
@@ -94,6 +95,16 @@ def _transferred(sweep: str, results: Any) -> dict[str, str]:
             for size, best in own.items():
                 found[f"{sweep}/{family}/{name}/{size}"] = f"{best['loss']:.3g}"
     return found
+
+
+def _received(results: Any) -> str:
+    """What each device receives for orthogonal matrices, in GB."""
+    names = ["orthogonalize()", "optax.contrib.scale_by_muon(beta=0)", "optax.contrib.muon(0.02)"]
+    rows = [
+        [topology, *(f"{own[name]['wire_bytes'] / 1e9:.1f}" for name in names)]
+        for topology, own in results.items()
+    ]
+    return _table(["gigabytes a device receives", *(f"`{name}`" for name in names)], rows)
 
 
 def _timed(parts: Any) -> dict[str, str]:

@@ -99,6 +99,10 @@ def unit_muon(
     an RMS of at most the rate. Each row of an embedding takes a step whose RMS is the rate, and
     each vector, such as a bias or a gain, a step whose RMS is a tenth of it.
 
+    Of 32 sigmoid layers without residual connections it learns nothing, where
+    ``optax.chain(orthogonalize(layers=layers), unit_muon(0.03, layers=layers))`` does: gradients
+    are made orthogonal before the momentum, too. On text that is a little worse.
+
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. 0.03 is a good rate for
         models of any width.
