@@ -24,7 +24,7 @@ STYLES: dict[str, dict[str, Any]] = {
     name: {"color": color, "linestyle": line, "marker": marker}
     for names, colors, last, line in ((_OURS, "autumn", 0.75, "-"), (_OTHERS, "winter", 0.9, "--"))
     for name, color, marker in zip(
-        names, plt.colormaps[colors](np.linspace(0.0, last, len(names))), "osv^DPX*", strict=False
+        names, plt.colormaps[colors](np.linspace(0.0, last, len(names))), "osv^DPX*<>", strict=False
     )
 }
 
