@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -108,8 +109,9 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(alone, tmp
     assert "Stopped. Go on with the same options and --resume" in said[0]
     first, second = finish(start_all(out, 2, "--mesh", "data=1,fsdp=4", "--resume"))
     assert "bits per character" in first
-    # Which library carries the gradients between processes on CPU.
-    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    # Which library carries the gradients between processes on CPU: its threads tear their lines.
+    gloo = re.compile(r"\[Gloo\]|.*peer ranks")
+    assert not [line for line in second.splitlines() if not gloo.match(line)]
     (run,) = entries(out, "run")
     assert (run["mesh"], run["processes"]) == ({"data": 1, "fsdp": 4}, 2)
     check_same_curve(out, alone)
