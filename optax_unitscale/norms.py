@@ -146,6 +146,7 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
 def _in_one_pass(
     kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array], one: float | None = None
 ) -> Norm:
+    """The norm where no scale is needed to take it. `one`: that scale, a constant but on CPU."""
     plain = _scaled_norm(kind, over, leaves, one)
     root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
     return Norm(plain * root * root, root)

@@ -83,7 +83,10 @@ def test_a_label_that_cannot_be_hashed_is_refused():
 
 def test_a_function_that_inject_hyperparams_called_itself_is_refused_with_the_cure():
     inject = optax.inject_hyperparams(unit_scale)
-    ranks = lambda updates: jax.tree.map(lambda x: x.ndim, updates)  # noqa: E731
+
+    def ranks(updates: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim, updates)
+
     with pytest.raises(ValueError, match=r"scope is .*static_args=\('scope',\)"):
         inject(scope=ranks, min_norm=optax.constant_schedule(0.0)).init(TWO)
     with pytest.raises(TypeError, match=r"stacked: called with .*static_args=\('axis',\)"):
