@@ -11,6 +11,7 @@ import oracle
 import pytest
 from common import EMPTY, LARGE, NORMS, compilations, every_norm, sample, scaled
 from jax import export, lax
+from jax.experimental import checkify
 
 from optax_unitscale import clip_norm, gradient_norms, unit_scale
 
@@ -201,3 +202,20 @@ def test_donated_gradients_make_room_for_the_update():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
     for leaf, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         check(leaf, np.asarray(other, np.float64), leaf.dtype)
+
+
+@pytest.mark.parametrize("transformation", [unit_scale(), clip_norm(1.0)])
+def test_zeros_and_tiny_leaves_divide_by_no_zero_where_checkify_looks_and_naive_ones_do(
+    transformation,
+):
+    tree = {"zero": jnp.zeros(3), "tiny": jnp.full(3, 1e-40), "large": jnp.zeros(LARGE)}
+
+    def update(tree):
+        return transformation.update(tree, optax.EmptyState())[0]
+
+    def naive(tree):
+        return jax.tree.map(lambda x: x / jnp.linalg.norm(x), tree)
+
+    check = [checkify.checkify(f, errors=checkify.div_checks)(tree)[0] for f in (update, naive)]
+    assert check[0].get() is None
+    assert "division by zero" in (check[1].get() or "")
