@@ -282,9 +282,3 @@ def test_depth_is_a_mask_and_a_scale():
     updates = first_update(tx, tree)
     found = {name: float(leaves["kernel"][0, 0]) for name, leaves in updates.items()}
     assert found == pytest.approx({**dict.fromkeys(layers, 0.25), "head": 0.5})
-
-
-def test_truth_values_are_no_axes():
-    tx = scale_by_shape(dimension_numbers=Axes(True, 1))
-    with pytest.raises(TypeError, match=r"gives .*True.* expected .*MuonDimensionNumbers of int"):
-        tx.init({"kernel": jnp.ones((4, 2))})
