@@ -22,33 +22,17 @@ from optax_unitscale import (
     unit_sgd,
 )
 
-__all__ = [
-    "COMPARED",
-    "CONTENDERS",
-    "ORTHOGONAL",
-    "SHOWN",
-    "TRANSFERRED",
-    "Contender",
-    "is_ours",
-    "make",
-]
+__all__ = ["COMPARED", "CONTENDERS", "DECAYS", "ORTHOGONAL", "SHOWN", "TRANSFERRED", "Contender"]
+__all__ += ["is_ours", "make"]
 
 MOMENTUM = 0.9
 # The fan-in of a kernel for which AdamW with the 1/width rule is AdamW.
 BASE_FAN_IN = 64
-
-Tree = Callable[[Any], Any]
-
-
-def _kinds(layers: Layers) -> Tree:
-    return lambda tree: layers.map(lambda layer: layer.kind, tree)
+# The weight decays that are tried beside Optax's default.
+DECAYS = (0.01, 0.1, 1.0)
 
 
-def _are(kind: str, layers: Layers) -> Tree:
-    return lambda tree: layers.map(lambda layer: layer.kind == kind, tree)
-
-
-def _matrices(layers: Layers) -> Tree:
+def _matrices(layers: Layers) -> Callable[[Any], Any]:
     """The axes of every kernel as a matrix, those of attention and convolutions too, else None."""
 
     def numbers(layer: Layer) -> MuonDimensionNumbers | None:
@@ -58,19 +42,8 @@ def _matrices(layers: Layers) -> Tree:
     return lambda tree: layers.map(numbers, tree)
 
 
-def _rows(layers: Layers) -> Callable[[str, Any], Any]:
-    """The axis of each row of an embedding, all axes of anything else."""
-    return lambda path, x: -1 if layers[path].kind == "embedding" else None
-
-
 def _sgd(rate: Any) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=MOMENTUM)
-
-
-def _momentum_unit_scale(rate: Any, *more: Any) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.trace(MOMENTUM), unit_scale(), *more, optax.scale_by_learning_rate(rate)
-    )
 
 
 def _adamw_width(rate: Any, layers: Layers) -> optax.GradientTransformation:
@@ -79,215 +52,120 @@ def _adamw_width(rate: Any, layers: Layers) -> optax.GradientTransformation:
         optax.scale_by_adam(),
         optax.add_decayed_weights(1e-4),
         scale_by_shape("sign", layers=layers),
-        optax.masked(optax.scale(float(BASE_FAN_IN)), _are("kernel", layers)),
+        optax.masked(
+            optax.scale(float(BASE_FAN_IN)),
+            lambda tree: layers.map(lambda layer: layer.kind == "kernel", tree),
+        ),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _orthogonal(layers: Layers, beta: float = 0.95) -> optax.GradientTransformation:
-    """Optax's Muon step: a kernel's momentum as the nearest orthogonal matrix, spectral norm 1."""
-    return optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=_matrices(layers))
+def _muon(rate: Any, layers: Layers, decay: float = 0.0) -> optax.GradientTransformation:
+    """Optax's Muon, told which leaves are kernels; decay is of these."""
+    return optax.contrib.muon(
+        rate, weight_decay=decay, muon_weight_dimension_numbers=_matrices(layers)
+    )
 
 
-def _by_kind(
-    rate: Any, layers: Layers, *kernel: optax.GradientTransformation, rows: bool = True
-) -> optax.GradientTransformation:
-    """Momentum and `unit_scale`, each row of an embedding by itself; a tenth for vectors; shapes.
-
-    Args:
-      rate: the learning rate.
-      layers: what each leaf is.
-      *kernel: what kernels get in place of momentum and `unit_scale`.
-      rows: False for `unit_scale` of a whole embedding.
-    """
-    momentum = optax.trace(MOMENTUM)
+def _muon_matched(rate: Any, layers: Layers) -> optax.GradientTransformation:
+    """Optax's Muon step where `unit_muon` has its own, at the same length for every leaf."""
+    momentum = optax.trace(MOMENTUM, nesterov=True)
     return optax.chain(
         optax.partition(
             {
-                "kernel": optax.chain(*(kernel or (momentum, unit_scale()))),
-                "embedding": optax.chain(momentum, unit_scale(axis=-1 if rows else None)),
+                "kernel": optax.contrib.scale_by_muon(
+                    beta=MOMENTUM, weight_dimension_numbers=_matrices(layers)
+                ),
+                "embedding": optax.chain(momentum, unit_scale(axis=-1)),
                 "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
             },
-            _kinds(layers),
+            lambda tree: layers.map(lambda layer: layer.kind, tree),
         ),
         scale_by_shape(layers=layers),
         optax.scale_by_learning_rate(rate),
     )
-
-
-def _spectral(rate: Any, layers: Layers) -> optax.GradientTransformation:
-    """As `_by_kind` with orthogonal kernels, but momentum comes last."""
-    return optax.chain(
-        unit_scale(axis=_rows(layers)),
-        optax.partition(
-            {
-                "kernel": _orthogonal(layers, beta=0.0),
-                "embedding": optax.identity(),
-                "vector": optax.scale(0.1),
-            },
-            _kinds(layers),
-        ),
-        scale_by_shape(layers=layers),
-        _sgd(rate),
-    )
-
-
-def _sinkhorn(layers: Layers) -> list[optax.GradientTransformation]:
-    """Columns, then rows of kernels to unit norm; other leaves as a whole, twice."""
-    outputs = unit_scale(axis=lambda path, x: layers[path].outputs)
-    inputs = unit_scale(axis=lambda path, x: layers[path].inputs or None)
-    return [outputs, inputs]
 
 
 class Contender(NamedTuple):
     """An optimizer.
 
     Attributes:
-      summary: what it is, in a few words.
       rate: a peak learning rate that it can learn something with.
-      make: from a learning rate or its schedule, and what each leaf is.
+      make: from a learning rate or its schedule, what each leaf is, and perhaps a weight decay.
+      decays: weight decays to try beside the default.
+      tuned: whether other rates are tried.
     """
 
-    summary: str
     rate: float
-    make: Callable[[Any, Layers], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]
+    decays: tuple[float, ...] = ()
+    tuned: bool = True
 
 
 CONTENDERS = {
-    "sgd": Contender("SGD with momentum", 0.1, lambda rate, _: _sgd(rate)),
-    "clip": Contender(
-        "clip_by_global_norm(1), then SGD with momentum",
-        0.1,
-        lambda rate, _: optax.chain(optax.clip_by_global_norm(1.0), _sgd(rate)),
+    "sgd": Contender(0.1, lambda rate, _: _sgd(rate)),
+    "clip": Contender(0.1, lambda rate, _: optax.chain(optax.clip_by_global_norm(1.0), _sgd(rate))),
+    "adamw": Contender(
+        0.003, lambda rate, _, decay=1e-4: optax.adamw(rate, weight_decay=decay), DECAYS
     ),
-    "adamw": Contender("AdamW", 0.003, lambda rate, _: optax.adamw(rate)),
-    "lion": Contender("Lion", 0.001, lambda rate, _: optax.lion(rate)),
-    "lamb": Contender("LAMB", 0.01, lambda rate, _: optax.lamb(rate)),
-    "muon": Contender(
-        "Muon for kernels, Adam for the rest",
-        0.01,
-        lambda rate, layers: optax.contrib.muon(
-            rate, muon_weight_dimension_numbers=_matrices(layers)
-        ),
-    ),
-    "unit_scale": Contender(
-        "unit_scale per leaf, then SGD with momentum",
-        0.03,
-        lambda rate, _: optax.chain(unit_scale(), _sgd(rate)),
-    ),
-    "unit_scale_last": Contender(
-        "momentum, then unit_scale per leaf", 0.03, lambda rate, _: _momentum_unit_scale(rate)
-    ),
+    "lion": Contender(0.001, lambda rate, _: optax.lion(rate)),
+    "lamb": Contender(0.01, lambda rate, _: optax.lamb(rate)),
+    "muon": Contender(0.01, _muon, DECAYS),
+    "unit_scale": Contender(0.03, lambda rate, _: optax.chain(unit_scale(), _sgd(rate))),
     "unit_scale_global": Contender(
-        "unit_scale of the whole gradient, then SGD with momentum",
-        0.1,
-        lambda rate, _: optax.chain(unit_scale(scope="global"), _sgd(rate)),
-    ),
-    "unit_scale_rms": Contender(
-        "unit_scale to rms 1 per leaf, then SGD with momentum",
-        0.0003,
-        lambda rate, _: optax.chain(unit_scale("rms"), _sgd(rate)),
+        0.1, lambda rate, _: optax.chain(unit_scale(scope="global"), _sgd(rate))
     ),
     "unit_scale_adam": Contender(
-        "unit_scale per leaf, then Adam",
-        0.003,
-        lambda rate, _: optax.chain(unit_scale(), optax.adam(rate)),
+        0.003, lambda rate, _: optax.chain(unit_scale(), optax.adam(rate))
     ),
-    "unit_scale_sinkhorn": Contender(
-        "unit_scale of rows and columns in turn (SinkGD), a tenth of the rate for vectors, then "
-        "SGD with momentum",
-        0.01,
-        lambda rate, layers: optax.chain(
-            *_sinkhorn(layers) * 3,
-            optax.masked(optax.scale(0.1), _are("vector", layers)),
-            _sgd(rate),
-        ),
+    "unit_muon": Contender(0.03, lambda rate, layers: unit_muon(rate, layers=layers)),
+    "unit_muon_untuned": Contender(
+        0.03, lambda rate, layers: unit_muon(rate, layers=layers), tuned=False
     ),
-    "unit_scale_muon": Contender(
-        "unit_scale, Muon's orthogonal momentum for kernels, scale_by_shape; for the rest momentum "
-        "before unit_scale, each row of an embedding by itself, a tenth of the rate for vectors",
-        0.03,
-        lambda rate, layers: _by_kind(rate, layers, unit_scale(), _orthogonal(layers)),
-    ),
-    "unit_scale_spectral": Contender(
-        "unit_scale, Muon's orthogonal matrices for kernels, scale_by_shape, then SGD with "
-        "momentum; rows and vectors as in unit_scale_muon",
-        0.01,
-        _spectral,
-    ),
-    "unit_muon": Contender("unit_muon", 0.03, lambda rate, layers: unit_muon(rate, layers=layers)),
     "unit_muon_twice": Contender(
-        "orthogonalize, then unit_muon",
         0.03,
         lambda rate, layers: optax.chain(
             orthogonalize(layers=layers), unit_muon(rate, layers=layers)
         ),
     ),
+    "unit_muon_decay": Contender(
+        0.03,
+        lambda rate, layers, decay=0.0: unit_muon(rate, layers=layers, weight_decay=decay),
+        DECAYS,
+    ),
+    "unit_muon_keep_norm": Contender(
+        0.03, lambda rate, layers: unit_muon(rate, layers=layers, keep_norm=True)
+    ),
+    "muon_matched": Contender(0.03, _muon_matched),
 }
 COMPARED = tuple(CONTENDERS)
 CONTENDERS |= {
-    "adam": Contender("Adam", 0.003, lambda rate, _: optax.adam(rate)),
-    "adamw_width": Contender("AdamW, a kernel's rate over its fan-in", 0.003, _adamw_width),
-    "unit_scale_shape": Contender(
-        "momentum, unit_scale per leaf, scale_by_shape",
-        0.03,
-        lambda rate, layers: _momentum_unit_scale(rate, scale_by_shape(layers=layers)),
-    ),
-    "unit_scale_shape_vectors": Contender(
-        "unit_scale_shape with a tenth of the rate for vectors",
-        0.1,
-        lambda rate, layers: _by_kind(rate, layers, rows=False),
-    ),
-    "unit_scale_shape_rows": Contender(
-        "unit_scale_shape_vectors with unit_scale of each row of an embedding",
-        0.1,
-        _by_kind,
-    ),
-    "unit_scale_shape_sinkhorn": Contender(
-        "unit_scale_shape_rows with unit_scale of a kernel's rows and columns before",
-        0.1,
-        lambda rate, layers: _by_kind(
-            rate, layers, optax.trace(MOMENTUM), *_sinkhorn(layers), unit_scale()
-        ),
-    ),
-    "unit_scale_muon_leaf": Contender(
-        "unit_scale_muon with unit_scale of whole embeddings",
-        0.03,
-        lambda rate, layers: _by_kind(rate, layers, unit_scale(), _orthogonal(layers), rows=False),
-    ),
-    "unit_sgd": Contender("unit_sgd", 0.03, lambda rate, _: unit_sgd(rate)),
-    "unit_muon_keep_norm": Contender(
-        "unit_muon, kernels keep their norm",
-        0.03,
-        lambda rate, layers: unit_muon(rate, layers=layers, keep_norm=True),
-    ),
+    "adam": Contender(0.003, lambda rate, _: optax.adam(rate)),
+    "adamw_width": Contender(0.003, _adamw_width),
+    "muon_decay": Contender(0.01, lambda rate, layers: _muon(rate, layers, 0.1)),
+    "unit_sgd": Contender(0.03, lambda rate, _: unit_sgd(rate)),
 }
 TRANSFERRED = (
     "sgd",
     "adam",
     "adamw_width",
     "muon",
-    "unit_scale_last",
-    "unit_scale_shape",
-    "unit_scale_shape_rows",
-    "unit_scale_muon",
-)
-# Those with Muon's orthogonal matrices.
-ORTHOGONAL = (
-    "muon",
-    "unit_scale_muon",
-    "unit_scale_muon_leaf",
-    "unit_scale_spectral",
+    "muon_decay",
     "unit_muon",
-    "unit_muon_twice",
     "unit_muon_keep_norm",
 )
+# Those with orthogonal matrices, whose steps cost the cube of the width.
+ORTHOGONAL = tuple(name for name in CONTENDERS if "muon" in name)
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("adamw", "muon", "unit_scale", "unit_muon")
 
 
 def make(
-    name: str, learning_rate: jax.typing.ArrayLike, steps: int, layers: Layers
+    name: str,
+    learning_rate: jax.typing.ArrayLike,
+    steps: int,
+    layers: Layers,
+    decay: float | None = None,
 ) -> optax.GradientTransformation:
     """A contender under the schedule that all share: linear warm-up, then cosine to zero.
 
@@ -298,6 +176,7 @@ def make(
       learning_rate: the schedule's peak; may be traced.
       steps: the schedule's length.
       layers: what each leaf of the model is.
+      decay: one of the contender's weight decays, or None for the default.
 
     Returns:
       The transformation.
@@ -310,7 +189,8 @@ def make(
         # Optax's cosine mixes an integer count with floats, which strict promotion refuses.
         return jnp.asarray(learning_rate * shape(jnp.asarray(count, jnp.float32)))
 
-    optimizer = CONTENDERS[name].make(schedule, layers)
+    more = {} if decay is None else {"decay": decay}
+    optimizer = CONTENDERS[name].make(schedule, layers, **more)
     return optax.chain(record_norms(), optimizer)
 
 

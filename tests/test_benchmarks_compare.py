@@ -15,13 +15,14 @@ import time
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
 from common import compilations
 
 from benchmarks import __main__, runs, tasks
 from benchmarks.arguments import UsageError
 from benchmarks.commands.compare import PRESETS, RESULT, about, work
-from benchmarks.optimizers import COMPARED, CONTENDERS
+from benchmarks.optimizers import COMPARED, CONTENDERS, Contender
 from benchmarks.runs import Log
 from benchmarks.sweep import jobs, session
 from benchmarks.sweep.search import Plan, half_decade, next_index, tune
@@ -82,14 +83,24 @@ def test_half_decades_are_round():
 def test_tuning_takes_the_best_rate_by_validation_and_further_seeds_there(task):
     asked = []
 
-    def run(rate, seed):
-        asked.append((rate, seed))
-        return trial(rate=rate, seed=seed, value=70.0 if rate == 1.0 else 50.0)
+    def run(rate, seed, decay=None):
+        asked.append((rate, seed, decay))
+        value = {1.0: 70.0}.get(rate, 50.0) + {None: 0.0, 0.1: 5.0}.get(decay, -5.0)
+        return dataclasses.replace(trial(rate=rate, seed=seed, value=value), decay=decay)
 
-    tune(run, task, 0.1, Plan(rates=5, seeds=2, length=1.0, batch_size=1))
+    plan = Plan(rates=5, seeds=2, length=1.0, batch_size=1)
+    tune(run, task, Contender(0.1, optax.sgd), plan)
     assert len(set(asked)) == 7
-    assert [seed for _, seed in asked] == [0] * 5 + [1, 2]
-    assert [rate for rate, _ in asked[-2:]] == [1.0, 1.0]
+    assert [seed for _, seed, _ in asked] == [0] * 5 + [1, 2]
+    assert [rate for rate, *_ in asked[-2:]] == [1.0, 1.0]
+    asked.clear()
+    # Weight decays at the best rate, and the seeds at the best of these.
+    tune(run, task, Contender(0.1, optax.adamw, (0.01, 0.1, 1.0)), plan)
+    assert asked[5:8] == [(1.0, 0, decay) for decay in (0.01, 0.1, 1.0)]
+    assert asked[8:] == [(1.0, 1, 0.1), (1.0, 2, 0.1)]
+    asked.clear()
+    tune(run, task, Contender(0.03, optax.sgd, tuned=False), plan)
+    assert asked == [(0.03, seed, None) for seed in range(3)]
 
 
 def test_standings_are_what_one_reads_off_the_trials(task):
@@ -100,6 +111,9 @@ def test_standings_are_what_one_reads_off_the_trials(task):
         trial(rate=0.1, seed=3, value=90.0, reached=20, seconds=0.3),
         # Of another rate: an earlier best of fewer rates.
         trial(rate=1.0, seed=1, value=10.0),
+        # Weight decay that does not help.
+        dataclasses.replace(trial(rate=0.1, value=75.0), decay=0.1),
+        dataclasses.replace(trial(rate=0.1, seed=1, value=75.0), decay=0.1),
         *(trial("unit_scale", rate, value=value) for rate, value in ((0.1, 100), (1.0, 91))),
         lost(optimizer="unit_scale", rate=10.0),
         trial("unit_scale", 0.1, seed=1, value=100.0),
@@ -112,7 +126,7 @@ def test_standings_are_what_one_reads_off_the_trials(task):
     assert second.test == [69.0, 79.0, 89.0]
     assert second.mean == 79.0
     assert second.gap == 2.0
-    # The median pace of all trials: 0.5, thrice, 0.1, twice, 0.3, and 0.5.
+    # The median pace of all trials: 0.5, four times, 0.1, twice, and 0.3.
     assert (second.steps, second.seconds) == (40, pytest.approx(20.0))
 
 
@@ -144,7 +158,7 @@ def result(higher_is_better=True, **tests):
     [([3, 4], [1, 2], "better"), ([1, 2], [3, 4], "worse"), ([1, 3], [2, 4], "level")],
 )
 def test_the_verdict_is_level_where_seeds_overlap(ours, other, outcome):
-    numbers = {"unit_scale": ours, "unit_scale_rms": [0, 0], "lion": other, "sgd": [0, 1]}
+    numbers = {"unit_scale": ours, "unit_scale_global": [0, 0], "lion": other, "sgd": [0, 1]}
     verdict = judge(result(**numbers))
     assert verdict is not None
     assert (verdict.ours["test"], verdict.other["test"], verdict.outcome) == (ours, other, outcome)

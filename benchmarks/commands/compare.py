@@ -64,7 +64,11 @@ def run(options: argparse.Namespace) -> int:
             log = sweep.logs[name]
             do = functools.partial(work, name, optimizer, plan)
             job = Job(f"{optimizer} on {name}", do, session.trials(log, optimizer=optimizer))
-            todo.append(session.Todo(job, log, plan.rates + plan.seeds))
+            contender = CONTENDERS[optimizer]
+            total = (plan.rates if contender.tuned else 1) + len(contender.decays) + plan.seeds
+            if contender.decays:  # Which may replace the best setting, whose seeds were run.
+                total = max(total, len(job.done) + 1)
+            todo.append(session.Todo(job, log, total))
         sweep.run(todo, options.workers)
         for name, task in loaded.items():
             if trials := session.trials(sweep.logs[name]):
@@ -101,4 +105,4 @@ def work(name: str, optimizer: str, plan: Plan, remember: Remember) -> None:
     """Runs all trials of one optimizer on one task, given their names."""
     task = tasks.load(name)
     trials = Trials(task, optimizer, plan.steps(task), task.batch_size * plan.batch_size)
-    tune(remember(trials), task, CONTENDERS[optimizer].rate, plan)
+    tune(remember(trials), task, CONTENDERS[optimizer], plan)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from benchmarks.arguments import UsageError
 from benchmarks.sweep.trial import Trial, Trials
 
-# Trains at a learning rate with a seed.
-Run = Callable[[float, int], Trial]
+# Trains at a learning rate with a seed, and perhaps a weight decay.
+Run = Callable[..., Trial]
 # Makes a `Run` that tells what comes out, and repeats nothing.
 Remember = Callable[[Trials], Run]
 
@@ -76,11 +76,11 @@ def _start(job: Job, news: connection.Connection, turn: int, workers: int) -> No
         # Before JAX's first computation, at which it counts them.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[turn::workers] or cores)
-    known = {(trial.learning_rate, trial.seed): trial for trial in job.done}
+    known = {(trial.learning_rate, trial.seed, trial.decay): trial for trial in job.done}
 
     def remember(trials: Trials) -> Run:
-        def trial(learning_rate: float, seed: int) -> Trial:
-            key = learning_rate, seed
+        def trial(learning_rate: float, seed: int, decay: float | None = None) -> Trial:
+            key = learning_rate, seed, decay
             if key not in known:
                 known[key] = trials.run(*key)
                 try:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.optimizers import Contender
 from benchmarks.sweep.jobs import Run
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import Task
@@ -23,8 +24,8 @@ TRIALS = 12
 class Plan(NamedTuple):
     """How much `compare` spends on each optimizer.
 
-    So many learning rates with seed 0, then so many seeds at the best; `length` times a task's
-    steps, and `batch_size` times its batch size.
+    So many learning rates with seed 0, the contender's weight decays at the best, then so many
+    seeds at the best of all; `length` times a task's steps, and `batch_size` times its batch size.
     """
 
     rates: int
@@ -37,17 +38,20 @@ class Plan(NamedTuple):
         return max(1, round(task.steps * self.length))
 
 
-def tune(trial: Run, task: Task, rate: float, plan: Plan) -> None:
-    """Asks for the trials of a plan, beginning around a learning rate."""
-    start = round(2 * math.log10(rate))
+def tune(trial: Run, task: Task, contender: Contender, plan: Plan) -> None:
+    """Asks for the trials of a plan, beginning around the contender's learning rate."""
+    start = round(2 * math.log10(contender.rate))
     tried: dict[int, float] = {}
-    trials = []
-    while len(tried) < plan.rates:
+    trials = [] if contender.tuned else [trial(contender.rate, 0)]
+    while contender.tuned and len(tried) < plan.rates:
         index = next_index(tried, start)
         trials.append(trial(half_decade(index), 0))
         tried[index] = worth(trials[-1], task)
+    rate = best(trials, task).learning_rate
+    trials += [trial(rate, 0, decay) for decay in contender.decays]
     for seed in range(1, plan.seeds + 1):
-        trial(best_rate(trials, task), seed)
+        found = best(trials, task)
+        trial(found.learning_rate, seed, found.decay)
 
 
 def half_decade(index: int) -> float:
@@ -63,9 +67,9 @@ def worth(trial: Trial, task: Task) -> float:
     return value if task.higher_is_better else -value
 
 
-def best_rate(trials: Sequence[Trial], task: Task) -> float:
-    """The learning rate with the best validation metric among trials of one seed."""
-    return max(trials, key=lambda trial: worth(trial, task)).learning_rate
+def best(trials: Sequence[Trial], task: Task) -> Trial:
+    """The trial with the best validation metric among trials of one seed."""
+    return max(trials, key=lambda trial: worth(trial, task))
 
 
 def next_index(tried: Mapping[int, float], start: int) -> int:
@@ -78,9 +82,9 @@ def next_index(tried: Mapping[int, float], start: int) -> int:
         if first not in tried:
             return first
     low, high = min(tried), max(tried)
-    best = max(tried, key=lambda index: tried[index])
+    top = max(tried, key=lambda index: tried[index])
     # Of two ends that are alike, the one nearer to the best.
-    upwards = (tried[high], best - low) >= (tried[low], high - best)
+    upwards = (tried[high], top - low) >= (tried[low], high - top)
     return high + 1 if upwards else low - 1
 
 

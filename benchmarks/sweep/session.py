@@ -110,7 +110,7 @@ def trials(log: Log, **wanted: Any) -> list[Trial]:
     """The trials in a file, those whose entries have the values in `wanted`."""
     names = [field.name for field in dataclasses.fields(Trial)]
     return [
-        Trial(**{name: entry[name] for name in names})
+        Trial(**{name: entry[name] for name in names if name in entry})
         for entry in log.entries
         if entry["kind"] == "trial" and all(entry.get(key) == x for key, x in wanted.items())
     ]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import show
 from benchmarks.optimizers import COMPARED, CONTENDERS, is_ours
-from benchmarks.sweep.search import best_rate, worth
+from benchmarks.sweep.search import best, worth
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import SPLITS, Task
 
@@ -34,7 +34,8 @@ class Standing(NamedTuple):
 
     optimizer: str
     learning_rate: float  # The best of those tried, by the final validation metric with seed 0.
-    at_edge: bool  # Whether it was the least or the greatest of those tried.
+    decay: float | None  # The best of those tried at this rate, None for the default.
+    at_edge: bool  # Whether the rate was the least or the greatest of those tried.
     test: list[float | None]  # The final test metric at that rate, of each further seed.
     mean: float | None  # Of these.
     gap: float | None  # The training metric minus the test metric, mean over the seeds.
@@ -52,9 +53,9 @@ def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
         name: [trial for trial in trials if trial.optimizer == name and trial.seed == 0]
         for name in CONTENDERS
     }
-    best = max((worth(t, task) for own in tuning.values() for t in own), default=-math.inf)
+    top = max((worth(t, task) for own in tuning.values() for t in own), default=-math.inf)
     result = [
-        _standing(name, own, [t for t in trials if t.optimizer == name and t.seed], task, best)
+        _standing(name, own, [t for t in trials if t.optimizer == name and t.seed], task, top)
         for name, own in tuning.items()
         if own
     ]
@@ -63,11 +64,12 @@ def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
 
 
 def _standing(
-    name: str, tuning: Sequence[Trial], seeds: Sequence[Trial], task: Task, best: float
+    name: str, tuning: Sequence[Trial], seeds: Sequence[Trial], task: Task, top: float
 ) -> Standing:
-    rate = best_rate(list(tuning), task)
+    found = best(tuning, task)
+    everything, seeds = [*tuning, *seeds], [t for t in seeds if t.setting == found.setting]
+    tuning = [t for t in tuning if t.decay is None]
     rates = sorted(trial.learning_rate for trial in tuning)
-    everything, seeds = [*tuning, *seeds], [t for t in seeds if t.learning_rate == rate]
     values = {split: [trial.results[split] for trial in seeds] for split in SPLITS}
     pairs = zip(values["train"], values["test"], strict=True)
     gaps = [x - y for x, y in pairs if x is not None and y is not None]
@@ -77,21 +79,22 @@ def _standing(
     paces = [trial.seconds for trial in everything if trial.seconds is not None]
     worths = [worth(trial, task) for trial in tuning]
 
-    def decades(best: float) -> float:
+    def decades(top: float) -> float:
         """Half a decade for each learning rate that is near the best."""
-        near = [x >= best - NEAR * abs(best) for x in worths if not math.isinf(best)]
+        near = [x >= top - NEAR * abs(top) for x in worths if not math.isinf(top)]
         return 0.5 * sum(near)
 
     return Standing(
         optimizer=name,
-        learning_rate=rate,
-        at_edge=rate in (rates[0], rates[-1]),
+        learning_rate=found.learning_rate,
+        decay=found.decay,
+        at_edge=len(rates) > 1 and found.learning_rate in (rates[0], rates[-1]),
         test=values["test"],
         mean=_mean(values["test"]),
         gap=_mean(gaps),
         steps=None if math.isinf(steps) else int(steps),
         seconds=None if math.isinf(steps) or not paces else steps * statistics.median(paces),
-        near=decades(best),
+        near=decades(top),
         near_own=decades(max(worths)),
         diverged=sum(trial.diverged for trial in tuning),
         tried=len(tuning),
@@ -115,6 +118,7 @@ def plot_rates(
     for panel, ours in zip(panels, (True, False), strict=True):
         for place in (place for place in places if is_ours(place.optimizer) == ours):
             own = [t for t in trials if t.optimizer == place.optimizer and t.seed == 0]
+            own = [t for t in own if t.decay is None]
             own.sort(key=lambda trial: trial.learning_rate)
             values = [math.nan if t.diverged else _value(t) for t in own]
             label = place.optimizer + (f", {place.mean:.4g}" if place.mean is not None else "")

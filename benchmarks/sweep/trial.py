@@ -33,6 +33,12 @@ class Trial:
     # What a step takes, the first left out; on CPU of all cores' time, which does not depend on
     # what else they do.
     seconds: float | None
+    decay: float | None = None  # Of weights, where it is not the contender's default.
+
+    @property
+    def setting(self) -> tuple[float, float | None]:
+        """What is tuned."""
+        return self.learning_rate, self.decay
 
     @property
     def diverged(self) -> bool:
@@ -53,13 +59,15 @@ class Trials:
     def __init__(self, task: Task, optimizer: str, steps: int, batch_size: int):
         self._task, self._optimizer = task, optimizer
         self._steps, self._batch_size = steps, batch_size
-        self._step = functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))(self._take)
+        self._step = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))(
+            self._take
+        )
 
-    def run(self, learning_rate: float, seed: int) -> Trial:
+    def run(self, learning_rate: float, seed: int, decay: float | None = None) -> Trial:
         """Trains from the start; a trial whose loss is no number ends there."""
         task = self._task
         graph, params, others = nnx.split(model := task.model(seed), nnx.Param, ...)
-        state = self._transformation(learning_rate, model).init(params)
+        state = self._transformation(learning_rate, model, decay).init(params)
         clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
         # Fewer where there are fewer steps.
         ends = sorted({max(1, self._steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)})
@@ -70,7 +78,7 @@ class Trials:
             start = clock()
             for step in range(done + 1, end + 1):
                 batch = task.batch(seed, step, self._batch_size, slice(None))
-                params, state, loss = self._step(graph, params, state, others, batch, rate)
+                params, state, loss = self._step(graph, decay, params, state, others, batch, rate)
                 taken.append(loss)
             taken = jax.device_get(taken)
             durations.append((clock() - start) / len(taken))
@@ -93,16 +101,17 @@ class Trials:
             reached=min(at, default=None),
             # The first steps compile.
             seconds=_number(np.median(durations[1:] or durations)),
+            decay=decay,
         )
 
-    def _take(self, graph, params, state, others, batch, rate):
+    def _take(self, graph, decay, params, state, others, batch, rate):
         model = nnx.merge(graph, params, others)
         loss, gradient = nnx.value_and_grad(self._task.loss)(model, batch)
-        updates, state = self._transformation(rate, model).update(gradient, state, params)
+        updates, state = self._transformation(rate, model, decay).update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    def _transformation(self, rate, model):
-        return optimizers.make(self._optimizer, rate, self._steps, layers_of(model))
+    def _transformation(self, rate, model, decay):
+        return optimizers.make(self._optimizer, rate, self._steps, layers_of(model), decay)
 
 
 def _number(value: Any) -> float | None:
