@@ -183,7 +183,9 @@ def _orthogonalize(
         work = (4 * columns + 2 * rows) / 8 / FLOPS_A_BYTE
         layers, names = zip(*(kernels[i] for i in members), strict=True)
         own = [leaves[i] for i in members]
-        for i, x in zip(members, spread(function, _matrices, layers, names, own, work), strict=True):
+        for i, x in zip(
+            members, spread(function, _matrices, layers, names, own, work), strict=True
+        ):
             leaves[i] = x
     return leaves
 

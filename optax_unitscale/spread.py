@@ -1,11 +1,11 @@
-"""Matrices across a mesh: each comes whole to one device, and its parts go back where they were."""
+"""Matrices across a mesh: each comes to a device or a few, and its parts go back where they were."""
 
 import collections
 import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,78 +20,99 @@ Place = TypeVar("Place")
 
 
 def spread(
-    function: Callable[[Stack], Stack],
+    function: Callable[[Stack, tuple[str, ...]], Stack],
     view: Callable[[Place, jax.Array], Stack],
     places: Sequence[Place],
     names: Sequence[str],
     leaves: Sequence[jax.Array],
+    work: float,
 ) -> list[jax.Array]:
     """The leaves with `function` in the place of each matrix, which no two devices work on.
+
+    Where there are too few matrices for all devices, large ones are split by their columns.
 
     The mesh is that of explicit shardings, or the one that `jax.set_mesh` has set. Without any, it
     is left to XLA who works on what.
 
     Args:
-      function: of a stack of matrices, each by itself.
+      function: of a stack of matrices, each by itself, and the mesh axes that split their columns.
       view: the matrices of a leaf: its elements, in another order.
       places: for each leaf where its matrices lie, for `view`.
       names: for each leaf; where JAX does not show how leaves are split, those of one name, place
         and shape are taken for split alike. If they are not, more is sent.
       leaves: of one dtype, whose matrices are of one shape.
+      work: the time that a matrix takes, where that of what split columns have to send is 1.
     """
     leaves, shardings = list(leaves), [jax.typeof(x).sharding for x in leaves]
     if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
-        work = functools.partial(_spread, function, view, places, shardings)
-        results: Any = jax.sharding.auto_axes(work, out_sharding=shardings)(leaves)
+        own = functools.partial(_spread, function, view, places, shardings, work)
+        results: Any = jax.sharding.auto_axes(own, out_sharding=shardings)(leaves)
         return results
-    return _spread(function, view, places, names, leaves)
+    return _spread(function, view, places, names, work, leaves)
+
+
+class Layout(NamedTuple):
+    """The mesh axes that split a stack, and those that split the columns of its matrices."""
+
+    matrices: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
 
 def _spread(
-    function: Callable[[Stack], Stack],
+    function: Callable[[Stack, tuple[str, ...]], Stack],
     view: Callable[[Place, jax.Array], Stack],
     places: Sequence[Place],
     likes: Sequence[Hashable],
+    work: float,
     leaves: list[jax.Array],
 ) -> list[jax.Array]:
     views = [functools.partial(view, place) for place in places]
     shapes = [jax.eval_shape(view, x).shape for view, x in zip(views, leaves, strict=True)]
-    axes, size = _axes(sum(shape[0] for shape in shapes))
+    layouts = _layouts(sum(shape[0] for shape in shapes), shapes[0][1:], work)
 
-    def gather(leaves: list[jax.Array]) -> list[Stack]:
-        """The matrices in stacks that `size` divides, those of like leaves together."""
+    def gather(leaves: list[jax.Array]) -> list[list[Stack]]:
+        """For each layout the stacks that it divides: first those of like leaves, then the rest."""
         alike = collections.defaultdict(list)
         for place, like, x, (count, *_) in zip(places, likes, leaves, shapes, strict=True):
             alike[place, like, x.shape, count].append(x)
-        stacks, rest = [], collections.defaultdict(list)
-        for kind, members in alike.items():
-            place, _, _, count = kind
-            many = size // math.gcd(size, count)
-            whole = len(members) // many * many if axes else 0
-            if whole:
-                stack = _stack(view, place, members[:whole])
-                stacks.append(_shared(stack, axes, count % size == 0))
-            if whole < len(members):
-                # XLA would gather those split otherwise over several mesh axes.
-                together = kind if len(axes) > 1 else None
-                rest[together].append(_stack(view, place, members[whole:]))
-        for few in rest.values():
-            last = jnp.concatenate(few)
-            if more := -len(last) % size:
-                # Behind a barrier: XLA:CPU else fails to compile some of these.
-                last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
-            stacks.append(_shared(last, axes, False))
-        return stacks
+        left = [(_stack(view, kind[0], members), kind[-1]) for kind, members in alike.items()]
+        found = []
+        for layout in layouts:
+            size, stacks, rest = _size(layout.matrices), [], []
+            for stack, count in left:
+                whole = len(stack) // size * size
+                if whole:
+                    stacks.append(_moved(stack[:whole], _moves(layout, count % size == 0)))
+                if whole < len(stack):
+                    rest.append(stack[whole:])
+            left = []
+            if rest:
+                moves = _moves_of_all(layout)
+                last = jnp.concatenate([_moved(stack, moves[:1]) for stack in rest])
+                if layout is layouts[-1] and (more := -len(last) % size):
+                    # Behind a barrier: XLA:CPU else fails to compile some of these.
+                    last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
+                whole = len(last) // size * size
+                if whole:
+                    stacks.append(_moved(last[:whole], moves[1:]))
+                if whole < len(last):
+                    left.append((last[whole:], 1))
+            found.append(stacks)
+        return found
 
-    def run(stacks: list[Stack]) -> list[Stack]:
+    def run(layout: Layout, stacks: list[Stack]) -> list[Stack]:
         ends = list(itertools.accumulate(map(len, stacks)))
-        return jnp.split(function(jnp.concatenate(stacks)), ends[:-1])
+        return jnp.split(function(jnp.concatenate(stacks), layout.columns), ends[:-1])
 
-    if _free():
-        spec = PartitionSpec(axes)
-        run = jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=_free())
+    stacks = gather(leaves)
+    for i, layout in enumerate(layouts):
+        own = functools.partial(run, layout)
+        if _free():
+            spec = PartitionSpec(layout.matrices, None, layout.columns)
+            own = jax.shard_map(own, in_specs=spec, out_specs=spec, axis_names=_free())
+        stacks[i] = own(stacks[i])
     # The way back: `gather` is linear and only moves elements.
-    (results,) = jax.linear_transpose(gather, leaves)(run(gather(leaves)))
+    (results,) = jax.linear_transpose(gather, leaves)(stacks)
     if _free():
         # So XLA splits the result as the leaf. Where the leaf is NaN, the result is.
         results = [jnp.where(jnp.isnan(x), x, y) for x, y in zip(leaves, results, strict=True)]
@@ -106,23 +127,63 @@ def _stack(
     return matrices.reshape(-1, *matrices.shape[2:])
 
 
-def _shared(stack: Stack, axes: tuple[str, ...], is_whole: bool) -> Stack:
-    """A stack split over mesh axes, one by one, for XLA gathers everything if it is to move two."""
-    free = PartitionSpec.UNCONSTRAINED
-    for done in range(1 if is_whole and len(axes) == 1 else 0, len(axes)):
-        stack = lax.with_sharding_constraint(stack, PartitionSpec(axes[:done], free, free))
+def _layouts(count: int, shape: tuple[int, ...], work: float) -> list[Layout]:
+    """As many matrices as all devices can have the same number of, and what is best for the rest.
+
+    That is what takes the least time, with the matrices over as few devices as possible.
+    """
+    axes = _axes()
+    rest = count % _size(axes)
+    options = []
+    for number in range(len(axes) + 1):
+        for matrices in itertools.combinations(axes, number):
+            columns = tuple(axis for axis in axes if axis not in matrices)
+            options.append((Layout(matrices), work))
+            if columns and all(size % _size(columns) == 0 for size in shape):
+                options.append((Layout(matrices, columns), work / _size(columns) + 1))
+
+    def cost(option: tuple[Layout, float]) -> tuple[float, int]:
+        (matrices, _), each = option
+        return math.ceil(rest / _size(matrices)) * each, _size(matrices)
+
+    # From the last, the minor one where one axis of a leaf is split over several.
+    whole = [Layout(axes[::-1])] if rest < count else []
+    return whole + ([min(options, key=cost)[0]] if rest else [])
+
+
+def _moves(layout: Layout, is_whole: bool) -> list[PartitionSpec]:
+    """How a stack is split step by step, for XLA gathers all of one that moves two mesh axes."""
+    free, axes = PartitionSpec.UNCONSTRAINED, layout.matrices
+    first = 1 if is_whole and len(axes) == 1 else 0
+    steps = range(first, len(axes) + len(layout.columns[:1]))
+    return [PartitionSpec(axes[:done], free, free) for done in steps]
+
+
+def _moves_of_all(layout: Layout) -> list[PartitionSpec]:
+    """The same for stacks that may be split otherwise. Their columns are first."""
+    if len(_axes()) < 2:
+        return _moves(layout, False)
+    axes = layout.matrices
+    others = tuple(axis for axis in _axes() if axis not in axes)
+    steps = range(len(axes) + 1)
+    return [PartitionSpec(axes[:done], None, (*others, *axes[done:][::-1])) for done in steps]
+
+
+def _moved(stack: Stack, moves: list[PartitionSpec]) -> Stack:
+    for spec in moves:
+        stack = lax.with_sharding_constraint(stack, spec)
     return stack
 
 
-def _axes(count: int) -> tuple[tuple[str, ...], int]:
-    """As many mesh axes as it takes to leave no device more than one matrix, and their size."""
+def _size(axes: tuple[str, ...]) -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    axes, size = (), 1
-    # From the last, the minor one where one axis of a leaf is split over several.
-    for name in reversed(mesh.axis_names):
-        if name in _free() and size < count and mesh.shape[name] > 1:
-            axes, size = (*axes, name), size * mesh.shape[name]
-    return axes, size
+    return math.prod(mesh.shape[name] for name in axes)
+
+
+def _axes() -> tuple[str, ...]:
+    """The free mesh axes that split anything."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in mesh.axis_names if name in _free() and mesh.shape[name] > 1)
 
 
 def _free() -> set[str]:
