@@ -80,7 +80,7 @@ def _spread(
         for layout in layouts:
             size, stacks, rest = _size(layout.matrices), [], []
             for stack, count in left:
-                whole = len(stack) // size * size
+                whole = len(stack) // size * size if count else 0
                 if whole:
                     stacks.append(_moved(stack[:whole], _moves(layout, count % size == 0)))
                 if whole < len(stack):
@@ -94,9 +94,9 @@ def _spread(
                     last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
                 whole = len(last) // size * size
                 if whole:
-                    stacks.append(_moved(last[:whole], moves[1:]))
+                    stacks.append(_moved(last[:whole], moves))
                 if whole < len(last):
-                    left.append((last[whole:], 1))
+                    left.append((last[whole:], 0))
             found.append(stacks)
         return found
 
