@@ -200,7 +200,8 @@ def _matrices(layer: Layer, x: jax.Array) -> Stack:
 
 def _each(stack: Stack, axes: tuple[str, ...], steps: Steps) -> Stack:
     """The polar factor of each matrix of a stack, whose columns are split over mesh axes."""
-    most = max(1, BATCH // math.prod(stack.shape[1:]))
+    # Those whose columns are split are large. XLA:TPU makes no reduce-scatter of a batch.
+    most = min(len(stack), BATCH // math.prod(stack.shape[1:])) if not axes else 1
     one, several = (
         functools.partial(_polar, axes=axes, steps=steps, is_narrow=x) for x in (False, True)
     )
@@ -208,7 +209,7 @@ def _each(stack: Stack, axes: tuple[str, ...], steps: Steps) -> Stack:
         stack,
         # One at a time, which stays in the cache.
         cpu=lambda stack: lax.map(one, stack),
-        default=lambda stack: lax.map(several, stack, batch_size=min(most, len(stack))),
+        default=lambda stack: lax.map(several, stack, batch_size=most if most > 1 else None),
     )
 
 

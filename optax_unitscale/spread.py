@@ -82,12 +82,16 @@ def _spread(
             for stack, count in left:
                 whole = len(stack) // size * size if count else 0
                 if whole:
-                    stacks.append(_moved(stack[:whole], _moves(layout, count % size == 0)))
+                    moves = _moves(layout, True)
+                    if len(layout.matrices) == 1 and count % size == 0:
+                        # The batch axis of its leaves may be split like this already.
+                        moves = moves[1:]
+                    stacks.append(_moved(stack[:whole], moves))
                 if whole < len(stack):
                     rest.append(stack[whole:])
             left = []
             if rest:
-                moves = _moves_of_all(layout)
+                moves = _moves(layout, False)
                 last = jnp.concatenate([_moved(stack, moves[:1]) for stack in rest])
                 if layout is layouts[-1] and (more := -len(last) % size):
                     # Behind a barrier: XLA:CPU else fails to compile some of these.
@@ -151,22 +155,16 @@ def _layouts(count: int, shape: tuple[int, ...], work: float) -> list[Layout]:
     return whole + ([min(options, key=cost)[0]] if rest else [])
 
 
-def _moves(layout: Layout, is_whole: bool) -> list[PartitionSpec]:
-    """How a stack is split step by step, for XLA gathers all of one that moves two mesh axes."""
-    free, axes = PartitionSpec.UNCONSTRAINED, layout.matrices
-    first = 1 if is_whole and len(axes) == 1 else 0
-    steps = range(first, len(axes) + len(layout.columns[:1]))
-    return [PartitionSpec(axes[:done], free, free) for done in steps]
-
-
-def _moves_of_all(layout: Layout) -> list[PartitionSpec]:
-    """The same for stacks that may be split otherwise. Their columns are first."""
-    if len(_axes()) < 2:
-        return _moves(layout, False)
-    axes = layout.matrices
+def _moves(layout: Layout, is_alike: bool) -> list[PartitionSpec]:
+    """How a stack is split, one mesh axis at a time, for XLA gathers all of one that moves two."""
+    axes, free = layout.matrices, PartitionSpec.UNCONSTRAINED
     others = tuple(axis for axis in _axes() if axis not in axes)
-    steps = range(len(axes) + 1)
-    return [PartitionSpec(axes[:done], None, (*others, *axes[done:][::-1])) for done in steps]
+    if not others and (is_alike or len(axes) == 1):
+        return [PartitionSpec(axes[:done], free, free) for done in range(len(axes))]
+    # As a kernel's rows and columns often are already.
+    first = PartitionSpec((), axes[others == () :][::-1], others or axes[:1])
+    steps = range(1, len(axes) + 1)
+    return [first, *(PartitionSpec(axes[:i], axes[i:][::-1], others) for i in steps)]
 
 
 def _moved(stack: Stack, moves: list[PartitionSpec]) -> Stack:
