@@ -161,10 +161,11 @@ def _moves(layout: Layout, is_alike: bool) -> list[PartitionSpec]:
     others = tuple(axis for axis in _axes() if axis not in axes)
     if not others and (is_alike or len(axes) == 1):
         return [PartitionSpec(axes[:done], free, free) for done in range(len(axes))]
-    # As a kernel's rows and columns often are already.
-    first = PartitionSpec((), axes[others == () :][::-1], others or axes[:1])
-    steps = range(1, len(axes) + 1)
-    return [first, *(PartitionSpec(axes[:i], axes[i:][::-1], others) for i in steps)]
+    # Rows over the first mesh axis, columns over the others, as those of kernels often are.
+    parts = _axes()[:1], _axes()[1:]
+    steps = range(len(axes) + 1)
+    left = [[tuple(x for x in part if x not in axes[:done]) for part in parts] for done in steps]
+    return [PartitionSpec(axes[:done], *left[done]) for done in steps]
 
 
 def _moved(stack: Stack, moves: list[PartitionSpec]) -> Stack:
