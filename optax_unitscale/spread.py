@@ -68,39 +68,42 @@ def _spread(
 ) -> list[jax.Array]:
     views = [functools.partial(view, place) for place in places]
     shapes = [jax.eval_shape(view, x).shape for view, x in zip(views, leaves, strict=True)]
-    layouts = _layouts(sum(shape[0] for shape in shapes), shapes[0][1:], work)
+    alike = collections.defaultdict(list)
+    for i, (place, like, x, (count, *_)) in enumerate(
+        zip(places, likes, leaves, shapes, strict=True)
+    ):
+        alike[place, like, x.shape, count].append(i)
+    counts = [count * len(members) for (*_, count), members in alike.items()]
+    layouts = _layouts(counts, shapes[0][1:], work)
 
     def gather(leaves: list[jax.Array]) -> list[list[Stack]]:
-        """For each layout the stacks that it divides: first those of like leaves, then the rest."""
-        alike = collections.defaultdict(list)
-        for place, like, x, (count, *_) in zip(places, likes, leaves, shapes, strict=True):
-            alike[place, like, x.shape, count].append(x)
-        left = [(_stack(view, kind[0], members), kind[-1]) for kind, members in alike.items()]
+        """For each layout the stacks that it divides, first those of like leaves."""
+        left = [
+            (_stack(view, place, [leaves[i] for i in members]), count)
+            for (place, *_, count), members in alike.items()
+        ]
         found = []
         for layout in layouts:
-            size, stacks, rest = _size(layout.matrices), [], []
+            size, moves, stacks, rest = _size(layout.matrices), _moves(layout), [], []
             for stack, count in left:
-                whole = len(stack) // size * size if count else 0
-                if whole:
-                    moves = _moves(layout, True)
-                    if len(layout.matrices) == 1 and count % size == 0:
-                        # The batch axis of its leaves may be split like this already.
-                        moves = moves[1:]
-                    stacks.append(_moved(stack[:whole], moves))
+                if whole := len(stack) // size * size:
+                    # The batch axis of a leaf may be split like this already.
+                    is_split = len(layout.matrices) == 1 and count % size == 0
+                    stacks.append(_moved(stack[:whole], moves[is_split:]))
                 if whole < len(stack):
-                    rest.append(stack[whole:])
+                    rest.append((stack[whole:], count))
+            if rest and _is_pooled(layout):
+                rest = [(jnp.concatenate([_moved(stack, moves[:1]) for stack, _ in rest]), 1)]
             left = []
-            if rest:
-                moves = _moves(layout, False)
-                last = jnp.concatenate([_moved(stack, moves[:1]) for stack in rest])
-                if layout is layouts[-1] and (more := -len(last) % size):
+            for last, count in rest:
+                if layout is layouts[-1]:
                     # Behind a barrier: XLA:CPU else fails to compile some of these.
-                    last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
-                whole = len(last) // size * size
-                if whole:
+                    more = ((0, -len(last) % size), (0, 0), (0, 0))
+                    last = lax.optimization_barrier(jnp.pad(last, more))
+                if whole := len(last) // size * size:
                     stacks.append(_moved(last[:whole], moves))
                 if whole < len(last):
-                    left.append((last[whole:], 0))
+                    left.append((last[whole:], count))
             found.append(stacks)
         return found
 
@@ -131,41 +134,55 @@ def _stack(
     return matrices.reshape(-1, *matrices.shape[2:])
 
 
-def _layouts(count: int, shape: tuple[int, ...], work: float) -> list[Layout]:
+def _layouts(counts: Sequence[int], shape: tuple[int, ...], work: float) -> list[Layout]:
     """As many matrices as all devices can have the same number of, and what is best for the rest.
 
     That is what takes the least time, with the matrices over as few devices as possible.
     """
     axes = _axes()
-    rest = count % _size(axes)
-    options = []
-    for number in range(len(axes) + 1):
-        for matrices in itertools.combinations(axes, number):
-            columns = tuple(axis for axis in axes if axis not in matrices)
-            options.append((Layout(matrices), work))
-            if columns and all(size % _size(columns) == 0 for size in shape):
-                options.append((Layout(matrices, columns), work / _size(columns) + 1))
-
-    def cost(option: tuple[Layout, float]) -> tuple[float, int]:
-        (matrices, _), each = option
-        return math.ceil(rest / _size(matrices)) * each, _size(matrices)
-
     # From the last, the minor one where one axis of a leaf is split over several.
-    whole = [Layout(axes[::-1])] if rest < count else []
-    return whole + ([min(options, key=cost)[0]] if rest else [])
+    whole = Layout(axes[::-1])
+    rest = [count % _size(axes) for count in counts]
+    if _is_pooled(whole):
+        rest = [sum(rest) % _size(axes)]
+    options = [
+        Layout(matrices, columns)
+        for number in range(len(axes) + 1)
+        for matrices in itertools.combinations(axes, number)
+        for columns in {(), _without(axes, matrices)}
+        if all(size % _size(columns) == 0 for size in shape)
+    ]
+
+    def cost(layout: Layout) -> tuple[float, int]:
+        size = _size(layout.matrices)
+        each = work / _size(layout.columns) + 1 if layout.columns else work
+        stacks = [sum(rest)] if _is_pooled(layout) else rest
+        return sum(math.ceil(count / size) for count in stacks) * each, size
+
+    found = [whole] if sum(rest) < sum(counts) else []
+    return [*found, min(options, key=cost)] if sum(rest) else found
 
 
-def _moves(layout: Layout, is_alike: bool) -> list[PartitionSpec]:
+def _is_pooled(layout: Layout) -> bool:
+    """Whether what is left over of all leaves is one stack, where XLA does not gather it all."""
+    return len(_axes()) < 2 or layout.columns != ()
+
+
+def _moves(layout: Layout) -> list[PartitionSpec]:
     """How a stack is split, one mesh axis at a time, for XLA gathers all of one that moves two."""
-    axes, free = layout.matrices, PartitionSpec.UNCONSTRAINED
-    others = tuple(axis for axis in _axes() if axis not in axes)
-    if not others and (is_alike or len(axes) == 1):
-        return [PartitionSpec(axes[:done], free, free) for done in range(len(axes))]
+    matrices, free = layout.matrices, PartitionSpec.UNCONSTRAINED
+    if not layout.columns:
+        return [PartitionSpec(matrices[:done], free, free) for done in range(len(matrices))]
     # Rows over the first mesh axis, columns over the others, as those of kernels often are.
-    parts = _axes()[:1], _axes()[1:]
-    steps = range(len(axes) + 1)
-    left = [[tuple(x for x in part if x not in axes[:done]) for part in parts] for done in steps]
-    return [PartitionSpec(axes[:done], *left[done]) for done in steps]
+    rows, columns = _axes()[:1], _axes()[1:]
+    return [
+        PartitionSpec(matrices[:i], *(_without(part, matrices[:i]) for part in (rows, columns)))
+        for i in range(len(matrices) + 1)
+    ]
+
+
+def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis not in others)
 
 
 def _moved(stack: Stack, moves: list[PartitionSpec]) -> Stack:
