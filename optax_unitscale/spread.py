@@ -69,41 +69,37 @@ def _spread(
     views = [functools.partial(view, place) for place in places]
     shapes = [jax.eval_shape(view, x).shape for view, x in zip(views, leaves, strict=True)]
     alike = collections.defaultdict(list)
-    for i, (place, like, x, (count, *_)) in enumerate(
-        zip(places, likes, leaves, shapes, strict=True)
-    ):
-        alike[place, like, x.shape, count].append(i)
-    counts = [count * len(members) for (*_, count), members in alike.items()]
+    for i, kind in enumerate(zip(places, likes, shapes, [x.shape for x in leaves], strict=True)):
+        alike[kind].append(i)
+    kinds = [(place, shape[0], members) for (place, _, shape, _), members in alike.items()]
+    counts = [(count, len(members)) for _, count, members in kinds]
     layouts = _layouts(counts, shapes[0][1:], work)
 
     def gather(leaves: list[jax.Array]) -> list[list[Stack]]:
         """For each layout the stacks that it divides, first those of like leaves."""
-        left = [
-            (_stack(view, place, [leaves[i] for i in members]), count)
-            for (place, *_, count), members in alike.items()
-        ]
-        found = []
+        found, left, rest = [], kinds, []
         for layout in layouts:
-            size, moves, stacks, rest = _size(layout.matrices), _moves(layout), [], []
-            for stack, count in left:
-                if whole := len(stack) // size * size:
+            size, moves, stacks = _size(layout.matrices), _moves(layout), []
+            is_last, is_pooled = layout is layouts[-1], _is_pooled(layout)
+            for place, count, members in left:
+                if whole := _whole(count, len(members), size):
                     # The batch axis of a leaf may be split like this already.
                     is_split = len(layout.matrices) == 1 and count % size == 0
-                    stacks.append(_moved(stack[:whole], moves[is_split:]))
-                if whole < len(stack):
-                    rest.append((stack[whole:], count))
-            if rest and _is_pooled(layout):
-                rest = [(jnp.concatenate([_moved(stack, moves[:1]) for stack, _ in rest]), 1)]
-            left = []
-            for last, count in rest:
-                if layout is layouts[-1]:
+                    stack = _stack(view, place, [leaves[i] for i in members[:whole]])
+                    stacks.append(_moved(stack, moves[is_split:]))
+            left = [(p, n, own) for p, n, x in left if (own := x[_whole(n, len(x), size) :])]
+            if is_last or is_pooled:
+                rest += [_stack(view, place, [leaves[i] for i in own]) for place, _, own in left]
+                left = []
+            if rest and is_pooled:
+                rest = [jnp.concatenate([_moved(stack, moves[:1]) for stack in rest])]
+            for last in rest:
+                if more := -len(last) % size if is_last else 0:
                     # Behind a barrier: XLA:CPU else fails to compile some of these.
-                    more = ((0, -len(last) % size), (0, 0), (0, 0))
-                    last = lax.optimization_barrier(jnp.pad(last, more))
+                    last = lax.optimization_barrier(jnp.pad(last, ((0, more), (0, 0), (0, 0))))
                 if whole := len(last) // size * size:
                     stacks.append(_moved(last[:whole], moves))
-                if whole < len(last):
-                    left.append((last[whole:], count))
+            rest = [x for last in rest if len(x := last[len(last) // size * size :])]
             found.append(stacks)
         return found
 
@@ -134,15 +130,16 @@ def _stack(
     return matrices.reshape(-1, *matrices.shape[2:])
 
 
-def _layouts(counts: Sequence[int], shape: tuple[int, ...], work: float) -> list[Layout]:
+def _layouts(kinds: Sequence[tuple[int, int]], shape: tuple[int, ...], work: float) -> list[Layout]:
     """As many matrices as all devices can have the same number of, and what is best for the rest.
 
-    That is what takes the least time, with the matrices over as few devices as possible.
+    That is what takes the least time, with the matrices over as few devices as possible. `kinds`:
+    the number of matrices of a leaf, and of such leaves.
     """
     axes = _axes()
     # From the last, the minor one where one axis of a leaf is split over several.
     whole = Layout(axes[::-1])
-    rest = [count % _size(axes) for count in counts]
+    rest = [count * (number - _whole(count, number, _size(axes))) for count, number in kinds]
     if _is_pooled(whole):
         rest = [sum(rest) % _size(axes)]
     options = [
@@ -159,8 +156,14 @@ def _layouts(counts: Sequence[int], shape: tuple[int, ...], work: float) -> list
         stacks = [sum(rest)] if _is_pooled(layout) else rest
         return sum(math.ceil(count / size) for count in stacks) * each, size
 
-    found = [whole] if sum(rest) < sum(counts) else []
+    found = [whole] if sum(rest) < sum(count * number for count, number in kinds) else []
     return [*found, min(options, key=cost)] if sum(rest) else found
+
+
+def _whole(count: int, number: int, size: int) -> int:
+    """As many of `number` leaves, of `count` matrices each, as have a multiple of `size`."""
+    many = size // math.gcd(size, count)
+    return number // many * many
 
 
 def _is_pooled(layout: Layout) -> bool:
