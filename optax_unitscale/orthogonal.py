@@ -100,11 +100,19 @@ def orthogonalize(
       comes whole to one device, is processed there and goes back: the numbers are those of one
       device, and no product is computed twice. Each mesh axis that splits the kernels costs one
       all-to-all there and one back. Kernels whose names differ in numbers only, such as
-      "blocks/3/up", are assumed to be split alike; if they are not, more is sent. There should be
-      as many matrices of one shape as devices, or a multiple: with fewer, devices idle or repeat
-      each other's work. Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh
-      outside `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of
-      the steps needs collectives.
+      "blocks/3/up", are assumed to be split alike; if they are not, more is sent.
+
+      Best is a multiple of as many matrices of one shape as devices. What is left over, or all
+      where there are fewer, is spread over some mesh axes. Over the others large matrices, of
+      thousands of inputs and outputs, are split by the columns of the longer side: their products
+      are shared, but in each step devices send each other matrices of the shorter side squared.
+      Small ones are processed by several devices alike. Where a mesh is automatic, JAX does not
+      show how kernels are split, and XLA may split what comes back from columns over more axes:
+      then state `out_shardings` of `jax.jit`.
+
+      Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh outside
+      `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of the
+      steps needs collectives.
 
       In `jax.shard_map` a part of a matrix would give something else than a part of the result.
       With `check_vma=True` a kernel that varies over a mesh axis is an error. With

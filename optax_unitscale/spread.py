@@ -1,4 +1,4 @@
-"""Matrices across a mesh: each comes to a device or a few, and its parts go back where they were."""
+"""Matrices across a mesh: each comes to one device, or to some, and goes back where it was."""
 
 import collections
 import functools
@@ -146,7 +146,7 @@ def _layouts(kinds: Sequence[tuple[int, int]], shape: tuple[int, ...], work: flo
         Layout(matrices, columns)
         for number in range(len(axes) + 1)
         for matrices in itertools.combinations(axes, number)
-        for columns in {(), _without(axes, matrices)}
+        for columns in ((), tuple(axis for axis in axes if axis not in matrices))
         if all(size % _size(columns) == 0 for size in shape)
     ]
 
@@ -176,22 +176,16 @@ def _moves(layout: Layout) -> list[PartitionSpec]:
     matrices, free = layout.matrices, PartitionSpec.UNCONSTRAINED
     if not layout.columns:
         return [PartitionSpec(matrices[:done], free, free) for done in range(len(matrices))]
-    # Rows over the first mesh axis, columns over the others, as those of kernels often are.
-    rows, columns = _axes()[:1], _axes()[1:]
+    # The columns over the last mesh axis, the rows over the others, as those of kernels often are.
+    parts = _axes()[:-1], _axes()[-1:]
     return [
-        PartitionSpec(matrices[:i], *(_without(part, matrices[:i]) for part in (rows, columns)))
+        PartitionSpec(matrices[:i], *(tuple(x for x in y if x not in matrices[:i]) for y in parts))
         for i in range(len(matrices) + 1)
     ]
 
 
-def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if axis not in others)
-
-
 def _moved(stack: Stack, moves: list[PartitionSpec]) -> Stack:
-    for spec in moves:
-        stack = lax.with_sharding_constraint(stack, spec)
-    return stack
+    return functools.reduce(lax.with_sharding_constraint, moves, stack)
 
 
 def _size(axes: tuple[str, ...]) -> int:

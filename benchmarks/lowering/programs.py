@@ -4,7 +4,7 @@ import collections as counts
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = (
     "all-reduce",
@@ -93,6 +93,26 @@ def product_flops(program: str) -> int:
                 total += runs[computation] * 2 * math.isqrt(size)
             elif x.opcode == "convolution":
                 raise ValueError(f"{x.name} is not known to be a product of matrices")
+    return total
+
+
+def all_product_flops(jaxpr: Any) -> int:
+    """The same of a whole computation, before it is compiled and laid over devices."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, options = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (axes, _), _ = options["dimension_numbers"]
+            size = math.prod(equation.outvars[0].aval.shape)
+            total += 2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
+            continue
+        values = [x for y in options.values() for x in (y if isinstance(y, tuple) else (y,))]
+        inner = [getattr(x, "jaxpr", x) for x in values if hasattr(getattr(x, "jaxpr", x), "eqns")]
+        # Of a branch one side runs.
+        each = max(map(all_product_flops, inner), default=0)
+        if name == "while" and each:
+            raise ValueError("a loop with products has no count that is known")
+        total += each * (options["length"] if name == "scan" else 1)
     return total
 
 
