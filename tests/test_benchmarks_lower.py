@@ -208,7 +208,8 @@ def test_the_recorded_programs_hold_what_is_said_of_them(topology):
     # 25 matrices are too few for 256 devices: XLA splits Optax's products and repeats some.
     ours, theirs = (rows[x] for x in ("orthogonalize()", "optax.contrib.scale_by_muon(beta=0)"))
     assert ours["wire_ratio"] < 0.5 * theirs["wire_ratio"]
-    assert 1 <= ours["products"] < 3 and theirs["products"] > 2
+    assert 1 <= ours["products"] < 3
+    assert theirs["products"] > 2
 
 
 def test_the_recorded_forecast_is_that_of_the_recorded_programs():

@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> int:
             "versions": machine.versions(*packages),
             "model": vars(CONFIG),
             "units": (
-                "bytes of one device; wire_ratio: bytes that all devices receive, over the kernels'; "
-                "products: FLOPs of one device's matrix products, over an even share; reads of "
-                "main memory for each element of the gradient"
+                "bytes of one device; wire_ratio: bytes that all devices receive, over those of "
+                "all kernels; products: FLOPs of one device's matrix products, over an even share; "
+                "reads of main memory for each element of the gradient"
             ),
             "results": results,
             "forecast": {"formula": forecast.FORMULA, "shares": shares},
