@@ -16,7 +16,7 @@ from jax import lax
 from optax_unitscale.coefficients import Steps, Triple, steps_of
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import partitions, reduced_as, varying_axes, without_reduced
-from optax_unitscale.norms import Norm, Reduction, divide, norm_of
+from optax_unitscale.norms import Reduction, divide, norm_of
 from optax_unitscale.paths import Path, gradients, show
 from optax_unitscale.spread import Stack, spread
 
@@ -232,7 +232,4 @@ def _polar(x: jax.Array, steps: Steps, is_narrow: bool) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """A matrix over its Frobenius norm."""
-    value, root = norm_of("l2", (Reduction((0, 1), ()),), [x])
-    # An infinite norm has infinite elements.
-    value = jnp.where(jnp.isinf(value), jnp.nan, value)
-    return divide(x, Norm(value, root), (0, 1))
+    return divide(x, norm_of("l2", (Reduction((0, 1), ()),), [x]), (0, 1))
