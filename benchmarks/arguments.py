@@ -65,13 +65,7 @@ def add(
 
 def add_out(parser: argparse.ArgumentParser, what: str, resumed: str = "") -> None:
     """Declares --out, the folder of `what`, and for what can go on, such as "run", --resume."""
-    add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", _folder)
+    add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", pathlib.Path)
     if resumed:
         text = f"continue the {resumed} in --out, or the newest under runs/"
         parser.add_argument("--resume", action="store_true", help=text)
-
-
-def _folder(text: str) -> pathlib.Path:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"expected the name of a folder, got {text!r}")
-    return pathlib.Path(text)

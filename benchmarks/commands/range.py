@@ -55,28 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "range.json and range.png")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures, writes, prints; returns the exit status."""
-    console = Console()
-    with runs.folder("range", options.out) as out:
-        results = {dtype: measure(dtype) for dtype in DTYPES}
-        norms = {
-            dtype: {name: list(map(_number, values)) for name, values in columns.items()}
-            for dtype, columns in results.items()
-        }
-        content = {
-            "question": "At which magnitudes does a normalised gradient have norm 1?",
-            "command": "python -m benchmarks range",
-            **machine.about("jax", "jaxlib", "optax", "numpy"),
-            "input": f"{ELEMENTS} equal elements; the l2 norm of the result, where 1 is right",
-            "norms": norms,
-        }
-        runs.write(out / "range.json", content)
-        caption = f"{ELEMENTS} equal elements: from which to which the norm is 1 within 1 %."
-        console.print(show.table("", ["dtype", *METHODS], extents(results), caption))
-        show.save(_plot(results), out / "range.png", console)
-        show.wrote(console, out / "range.json")
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Measures, writes, prints."""
+    console, out = Console(), runs.folder("range", options.out)
+    results = {dtype: measure(dtype) for dtype in DTYPES}
+    norms = {
+        dtype: {name: list(map(_number, values)) for name, values in columns.items()}
+        for dtype, columns in results.items()
+    }
+    content = {
+        "question": "At which magnitudes does a normalised gradient have norm 1?",
+        "command": "python -m benchmarks range",
+        **machine.about("jax", "jaxlib", "optax", "numpy"),
+        "input": f"{ELEMENTS} equal elements; the l2 norm of the result, where 1 is right",
+        "norms": norms,
+    }
+    runs.write(out / "range.json", content)
+    caption = f"{ELEMENTS} equal elements: from which to which the norm is 1 within 1 %."
+    console.print(show.table("", ["dtype", *METHODS], extents(results), caption))
+    show.save(_plot(results), out / "range.png", console)
+    show.wrote(console, out / "range.json")
 
 
 def measure(dtype: str) -> Norms:

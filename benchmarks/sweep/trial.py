@@ -77,7 +77,7 @@ class Trials:
             taken = []
             start = clock()
             for step in range(done + 1, end + 1):
-                batch = task.batch(seed, step, self._batch_size, slice(None))
+                batch = task.batch(seed, step, self._batch_size)
                 params, state, loss = self._step(graph, decay, params, state, others, batch, rate)
                 taken.append(loss)
             taken = jax.device_get(taken)

@@ -56,37 +56,24 @@ def table(log: Log, names: list[str], task: Task) -> Table:
     return show.table(task.measure, [*heads, "max/med", "min/med"], rows, CAPTION)
 
 
-def verdict(log: Log, names: list[str], task: Task) -> str:
-    """Who came first on the test split, by how much, in words; "" before there are two results."""
-    tests = {name: _float(e["test"]) for name in names for e in log.of("result", name)}
-    tests = {name: value for name, value in tests.items() if math.isfinite(value)}
-    if len(tests) < 2:
-        return ""
-    first, second, *_ = sorted(tests, key=tests.__getitem__, reverse=task.higher_is_better)
-    return (
-        f"{first} came first on the test split: {tests[first]:.3g} against {tests[second]:.3g} of "
-        f"{second}, the next ({task.metric})."
-    )
-
-
 def plot_losses(log: Log, names: list[str], task: Task) -> Figure:
-    """Training loss and validation metric against the step, one colour an optimizer."""
+    """Training loss and validation metric against the step, a line an optimizer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in names:
+    for name, style in show.styles(names).items():
         steps, evaluations = log.of("step", name), log.of("evaluation", name)
         losses = np.array([_float(e["loss"]) for e in steps])
         window = max(1, len(losses) // 40)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        (line,) = left.plot(np.arange(window, len(losses) + 1), smooth, label=name)
+        left.plot(np.arange(window, len(losses) + 1), smooth, label=name, **style)
         at, values = [e["step"] for e in evaluations], [_float(e["value"]) for e in evaluations]
-        right.plot(at, values, "o-", markersize=3, color=line.get_color(), label=name)
-    right.axhline(task.target, color="grey", linestyle=":", label=f"target {task.target:g}")
+        right.plot(at, values, label=name, **style)
+    right.axhline(task.target, color="grey", linestyle=":", linewidth=1)
     left.set(title="Training, running mean over 2.5 % of the steps", xlabel="step", ylabel="loss")
-    right.set(title="Validation", xlabel="step", ylabel=task.metric)
+    right.set(title="Validation; dotted: the target", xlabel="step", ylabel=task.metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(_title(log, names))
+        show.name_ends(axes)
+    figure.suptitle(f"{_title(log, names)}; {show.LEGEND}")
     return figure
 
 
