@@ -1,7 +1,6 @@
 """The values that commands take, and how a wrong one is answered."""
 
 import argparse
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,17 +29,6 @@ def count(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def positive(text: str) -> float:
-    """A parser of finite numbers above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def add(

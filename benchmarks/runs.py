@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -70,6 +71,21 @@ def folder(
         text = "holds a run; add --resume to go on with it, or name another folder"
         raise UsageError(f"argument --out: {out} {text}")
     return out
+
+
+def check_same(path: pathlib.Path, saved: Entry, wanted: Entry) -> None:
+    """Refuses to go on with what was started otherwise: a UsageError names the first difference."""
+    for field, value in wanted.items():
+        if saved.get(field) != value:
+            raise UsageError(
+                f"argument --resume: what {path} holds has {field} {saved.get(field)}, not "
+                f"{value}; repeat its options or name another folder for --out"
+            )
+
+
+def number(value: Any) -> float | None:
+    """Six digits; None for what is not finite, which JSON does not have."""
+    return float(f"{float(value):.6g}") if math.isfinite(value) else None
 
 
 def _line(entry: Entry) -> str:

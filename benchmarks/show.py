@@ -31,13 +31,9 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], capti
     return made
 
 
-def markdown(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 99, last: int = 0
-) -> str:
-    """A table; all columns but the first `left` and the last `last` are flush right."""
-    right = range(left, len(heads) - last)
-    rule = ["---:" if i in right else "---" for i in range(len(heads))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, rule, *rows))
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def panels(

@@ -119,7 +119,7 @@ def test_resume_refuses_other_options_than_the_saved_ones(finished, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--seed", "1", "--out", str(finished), "--resume"])
     error = capsys.readouterr().err
-    assert "has seed 0 for unit_scale, not 1; repeat its options" in error
+    assert "has seed 0, not 1; repeat its options" in error
     assert error.count("\n") == 1
 
 
@@ -128,7 +128,7 @@ def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
     Log(tmp_path / "metrics.jsonl").append(**loop.describe(config))
     with pytest.raises(SystemExit, match="2"):
         main(["train", *SMALL, "--optimizer", "sgd", "--out", str(tmp_path), "--resume"])
-    assert "has data_sha256 0 for sgd, not " in capsys.readouterr().err
+    assert "has data_sha256 0, not " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,7 @@ def test_resume_refuses_other_data_than_the_saved(tmp_path, capsys):
         (["--batch-size", "-3"], "argument --batch-size: expected a whole number from 1 to"),
         (["--seed", "4294967296"], "4294967295, got '4294967296'"),
         (["--seed", "x"], "argument --seed: expected a whole number from 0 to 4294967295"),
-        (["--learning-rate", "nan"], "argument --learning-rate: expected a positive number"),
-        (["--learning-rate", "-1"], "argument --learning-rate: expected a positive number"),
+        (["--learning-rate", "fast"], "argument --learning-rate: invalid float value: 'fast'"),
         (["--checkpoint-every", "0"], "argument --checkpoint-every: expected a whole number"),
         (["--task", "chess"], "argument --task: invalid choice: 'chess'"),
         (["--optimizer", "magic"], "argument --optimizer: invalid choice: 'magic'"),

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from benchmarks import runs, show
-from benchmarks.arguments import UsageError, add, add_out, count, positive
+from benchmarks.arguments import add, add_out, count
 from benchmarks.data import FOLDER_VARIABLE, folder
 from benchmarks.optimizers import CONTENDERS, SHOWN
 from benchmarks.runs import Log
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "an optimizer to train with"
     add(parser, "--optimizer", what, several=", ".join(SHOWN), choices=tuple(CONTENDERS))
     what = "peak learning rate of every optimizer (default: the best that was found on CPU)"
-    add(parser, "--learning-rate RATE", what, positive)
+    add(parser, "--learning-rate RATE", what, float)
     # jax.random.key ignores the bits above.
     add(parser, "--seed N", "decides weights, batches and samples", count(0, 2**32 - 1), default=0)
     add(parser, "--batch-size N", "examples in a batch (default: the preset's)", count())
@@ -63,7 +62,9 @@ def run(options: argparse.Namespace) -> None:
     ]
     holds = ("metrics.jsonl", "checkpoints")
     log = Log(runs.folder("train", options.out, options.resume, holds) / "metrics.jsonl")
-    _check_resumed(log, configs)
+    for config in configs:
+        for saved in log.of("run", config.optimizer):
+            runs.check_same(log.path, saved, dataclasses.asdict(config))
     names, console = [config.optimizer for config in configs], Console()
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     say(f"{options.task}: {', '.join(names)}; writing to {log.path.parent}")
@@ -76,19 +77,6 @@ def run(options: argparse.Namespace) -> None:
                 bar.update(row, completed=step, now=now)
             bar.update(row, completed=config.steps)
     _show(console, log, names, task)
-
-
-def _check_resumed(log: Log, configs: Sequence[loop.Config]) -> None:
-    """Refuses to go on with a run that was started otherwise."""
-    for config in configs:
-        for saved in log.of("run", config.optimizer):
-            for field, value in dataclasses.asdict(config).items():
-                if saved.get(field) != value:
-                    raise UsageError(
-                        f"argument --resume: the run in {log.path.parent} has {field} "
-                        f"{saved.get(field)} for {config.optimizer}, not {value}; repeat its "
-                        "options"
-                    )
 
 
 def _show(console: Console, log: Log, names: list[str], task: Task) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from benchmarks import machine, runs, show
-from benchmarks.arguments import UsageError, add, add_out, count
+from benchmarks.arguments import add, add_out, count
 from benchmarks.runs import Log
 from benchmarks.sweep import jobs
 from benchmarks.sweep.trial import Trial
@@ -74,12 +74,7 @@ def opened(command: str, options: argparse.Namespace, abouts: Mapping[str, runs.
         if not log.entries:
             packages = machine.about("jax", "jaxlib", "optax", "flax", "numpy")
             log.append(kind="sweep", **abouts[name], **packages)
-        for field, value in abouts[name].items():
-            if (saved := log.entries[0].get(field)) != value:
-                raise UsageError(
-                    f"argument --resume: the sweep in {log.path} has {field} {saved}, not "
-                    f"{value}; repeat its options or name another folder for --out"
-                )
+        runs.check_same(log.path, log.entries[0], abouts[name])
     path, console = out / f"{command}.json", Console()
     console.print(f"writing to {out}", soft_wrap=True)
     return Sweep(out, logs, json.loads(path.read_text()) if path.exists() else {}, console)

@@ -28,12 +28,7 @@ class Standing(NamedTuple):
     test: list[float | None]  # The final test metric at that rate, of each further seed.
     mean: float | None  # Of these.
     gap: float | None  # The training metric minus the test metric, mean over the seeds.
-    steps: int | None  # Median to the target over the seeds, None if half of them never came to.
-    seconds: float | None  # The same in seconds of training; on CPU, of all cores' time together.
     near: float  # How many decades of learning rate came within `NEAR` of the best of any.
-    near_own: float  # The same of its own best.
-    diverged: int  # How many of the learning rates tried diverged.
-    tried: int
 
 
 def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
@@ -56,23 +51,13 @@ def _standing(
     name: str, tuning: Sequence[Trial], seeds: Sequence[Trial], task: Task, top: float
 ) -> Standing:
     found = best(tuning, task)
-    everything, seeds = [*tuning, *seeds], [t for t in seeds if t.setting == found.setting]
+    seeds = [t for t in seeds if t.setting == found.setting]
     tuning = [t for t in tuning if t.decay is None]
     rates = sorted(trial.learning_rate for trial in tuning)
     values = {split: [trial.results[split] for trial in seeds] for split in SPLITS}
     pairs = zip(values["train"], values["test"], strict=True)
     gaps = [x - y for x, y in pairs if x is not None and y is not None]
-    reached = sorted(math.inf if x.reached is None else x.reached for x in seeds)
-    steps = statistics.median_high(reached) if reached else math.inf
-    # Of all trials, for the machine may have been busy during one.
-    paces = [trial.seconds for trial in everything if trial.seconds is not None]
-    worths = [worth(trial, task) for trial in tuning]
-
-    def decades(top: float) -> float:
-        """Half a decade for each learning rate that is near the best."""
-        near = [x >= top - NEAR * abs(top) for x in worths if not math.isinf(top)]
-        return 0.5 * sum(near)
-
+    near = [worth(trial, task) >= top - NEAR * abs(top) for trial in tuning if math.isfinite(top)]
     return Standing(
         optimizer=name,
         learning_rate=found.learning_rate,
@@ -81,12 +66,8 @@ def _standing(
         test=values["test"],
         mean=_mean(values["test"]),
         gap=_mean(gaps),
-        steps=None if math.isinf(steps) else int(steps),
-        seconds=None if math.isinf(steps) or not paces else steps * statistics.median(paces),
-        near=decades(top),
-        near_own=decades(max(worths)),
-        diverged=sum(trial.diverged for trial in tuning),
-        tried=len(tuning),
+        # The rates are half a decade apart.
+        near=0.5 * sum(near),
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from benchmarks import machine, optimizers
-from benchmarks.runs import Entry, Log
+from benchmarks.runs import Entry, Log, number
 from benchmarks.tasks import SPLITS, Task
 from optax_unitscale import layers_of, recorded_norms
 
@@ -70,18 +69,18 @@ def train(config: Config, task: Task, log: Log, every: int) -> Iterator[tuple[in
             loss, norms = jax.device_get((loss, norms))
             seconds = time.perf_counter() - start
             entry: Entry = {"optimizer": name, "step": step}
-            norms = {path: _number(norm) for path, norm in norms.items()}
-            log.append(kind="step", **entry, loss=_number(loss), seconds=seconds, norms=norms)
+            norms = {path: number(norm) for path, norm in norms.items()}
+            log.append(kind="step", **entry, loss=number(loss), seconds=seconds, norms=norms)
             if step in evaluate_at:
                 value = task.evaluate(nnx.merge(graph, state)[0], "validation")
-                log.append(kind="evaluation", **entry, value=_number(value))
+                log.append(kind="evaluation", **entry, value=number(value))
             # After the log, so that a checkpoint is never ahead of it.
             if step % every == 0 or step == config.steps:
                 manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
             yield step, float(loss)
     model = nnx.merge(graph, state)[0]
     if not log.of("result", name):
-        values = {split: _number(task.evaluate(model, split)) for split in SPLITS}
+        values = {split: number(task.evaluate(model, split)) for split in SPLITS}
         log.append(kind="result", optimizer=name, **values)
     if not log.of("sample", name):
         log.append(kind="sample", optimizer=name, text=task.sample(model, config.seed))
@@ -97,8 +96,3 @@ def _compile(graph: Any, task: Task) -> Callable[..., Any]:
         return nnx.state((model, optimizer)), loss, norms
 
     return step
-
-
-def _number(value: Any) -> float | None:
-    # JSON has neither NaN nor infinity.
-    return float(value) if math.isfinite(value) else None

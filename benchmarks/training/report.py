@@ -12,13 +12,9 @@ from rich.table import Table
 from benchmarks import show
 from benchmarks.runs import Log
 from benchmarks.tasks import Task
-from optax_unitscale import norm_ratios, plot_norms
+from optax_unitscale import plot_norms
 
-CAPTION = (
-    "rate: peak learning rate. final, best: of the validation split. test: final, of the test "
-    "split. max/med, min/med: the largest and the smallest gradient norm of a layer over the "
-    "median layer's, typical step."
-)
+CAPTION = "rate: peak learning rate. final, best: of the validation split. test: final."
 
 
 def progress(console: Console) -> Progress:
@@ -29,7 +25,7 @@ def progress(console: Console) -> Progress:
 
 
 def table(log: Log, names: list[str], task: Task) -> Table:
-    """One row an optimizer: the metric, steps to the target, time, spread of the norms."""
+    """One row an optimizer: the metric, steps to the target, time."""
     best = np.nanmax if task.higher_is_better else np.nanmin
     rows = []
     for name in names:
@@ -38,7 +34,6 @@ def table(log: Log, names: list[str], task: Task) -> Table:
         reached = [e["step"] for e in evaluations if task.better(_float(e["value"]), task.target)]
         # The first step compiles.
         seconds = [e["seconds"] for e in log.of("step", name)[1:]]
-        largest, smallest = _spread(log, name)
         rows.append(
             [
                 name,
@@ -48,12 +43,10 @@ def table(log: Log, names: list[str], task: Task) -> Table:
                 f"{_float(results[0]['test']):#.4g}" if results else "-",
                 str(reached[0]) if reached else "never",
                 f"{1000 * np.median(seconds):.1f}" if seconds else "-",
-                f"{largest:.1f}",
-                f"{smallest:.3f}",
             ]
         )
     heads = ["optimizer", "rate", "final", "best", "test", f"steps to {task.target:g}", "ms/step"]
-    return show.table(task.measure, [*heads, "max/med", "min/med"], rows, CAPTION)
+    return show.table(task.measure, heads, rows, CAPTION)
 
 
 def plot_losses(log: Log, names: list[str], task: Task) -> Figure:
@@ -95,16 +88,6 @@ def plot_gradient_norms(log: Log, names: list[str]) -> Figure:
 def _title(log: Log, names: list[str]) -> str:
     run = log.of("run", names[0])[0]
     return f"{run['task']}, {run['steps']} steps, seed {run['seed']}"
-
-
-def _spread(log: Log, name: str) -> tuple[float, float]:
-    # Steps without any layer of finite, nonzero norm have no spread.
-    ratios = np.array(list(norm_ratios(_norms(log, name)).values()))
-    ratios = ratios[:, np.any(ratios > 0, axis=0)]
-    if not ratios.size:
-        return math.nan, math.nan
-    largest, smallest = np.nanmax(ratios, axis=0), np.nanmin(ratios, axis=0)
-    return float(np.median(largest)), float(np.median(smallest))
 
 
 def _norms(log: Log, name: str) -> list[dict[str, float | None]]:

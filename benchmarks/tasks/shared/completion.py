@@ -124,13 +124,11 @@ def make_task(
     *,
     score: Callable[[Sequence[str], Sequence[str]], float] | None = None,
     shown: int = 4,
-    note: Callable[[Sequence[str], Sequence[str]], str] = lambda found, wanted: "",
     **fields: Any,
 ) -> Task:
     """The task of completing `pairs`, with a small GPT; `fields` are what tasks do not share.
 
-    The metric is the score of what was found against what was wanted, else the perplexity. `note`
-    goes below the samples of which so many are shown.
+    The metric is the score of what was found against what was wanted, else the perplexity.
     """
     config = GPTConfig(pairs.vocabulary, pairs.context, depth=2, heads=4, width=128)
 
@@ -140,8 +138,7 @@ def make_task(
         return score(*pairs.complete(model, split))
 
     def sample(model: GPT, seed: int) -> str:
-        found, wanted = pairs.complete(model, "test")
-        return pairs.show(found, shown, seed) + note(found, wanted)
+        return pairs.show(pairs.complete(model, "test")[0], shown, seed)
 
     return Task(
         fingerprint=data.fingerprint(jax.tree.leaves(list(pairs.examples.values()))),
