@@ -76,7 +76,7 @@ def name_ends(axes: Axes) -> None:
             ends[line] = points[-1]
     lines = sorted(ends, key=lambda line: ends[line][1])
     heights = np.array([to_axes.transform(ends[line])[1] for line in lines])
-    steps = 0.07 * np.arange(len(lines))
+    steps = min(0.07, 1 / max(1, len(lines))) * np.arange(len(lines))
     apart = np.maximum.accumulate(heights - steps) + steps
     apart = np.minimum(apart, 1 - steps[::-1])
     for line, height in zip(lines, apart, strict=True):

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import data, tasks
 from benchmarks.__main__ import main
+from benchmarks.models.gpt import GPTConfig
 from benchmarks.optimizers import SHOWN
 from benchmarks.runs import Log
 from benchmarks.tasks import language_modelling
@@ -93,6 +94,18 @@ def test_a_run_that_diverges_is_logged_and_shown_as_such(tmp_path, capsys):
     assert losses[0] > 0
     assert losses[-1] is None
     assert (tmp_path / "gradient_norms.png").exists()
+
+
+def test_the_preset_for_accelerators_trains_the_larger_model(tmp_path, monkeypatch):
+    # As large would take minutes: a model of one block, not two.
+    large = GPTConfig(vocabulary=256, context=16, depth=1, heads=2, width=16)
+    monkeypatch.setattr(language_modelling, "LARGE", large)
+    options = ["--preset", "accelerator", "--optimizer", "unit_scale", "--out", str(tmp_path)]
+    assert main(["train", "--steps", "2", "--batch-size", "2", *options]) == 0
+    (run,) = Log(tmp_path / "metrics.jsonl").of("run", "unit_scale")
+    assert (run["preset"], run["steps"]) == ("accelerator", 2)
+    blocks = {name[:15] for name in steps_of(tmp_path, "unit_scale")[0]["norms"] if "block" in name}
+    assert blocks == {"blocks/layers/0"}
 
 
 def test_unit_scale_learns_within_eight_steps(finished):

@@ -29,7 +29,7 @@ def table(log: Log, names: list[str], task: Task) -> Table:
     best = np.nanmax if task.higher_is_better else np.nanmin
     rows = []
     for name in names:
-        evaluations, results = log.of("evaluation", name), log.of("result", name)
+        evaluations, (result,) = log.of("evaluation", name), log.of("result", name)
         values = [_float(e["value"]) for e in evaluations]
         reached = [e["step"] for e in evaluations if task.better(_float(e["value"]), task.target)]
         # The first step compiles.
@@ -38,9 +38,9 @@ def table(log: Log, names: list[str], task: Task) -> Table:
             [
                 name,
                 f"{log.of('run', name)[0]['learning_rate']:g}",
-                f"{values[-1]:#.4g}" if values else "-",
+                f"{values[-1]:#.4g}",
                 f"{best(values):#.4g}" if np.isfinite(values).any() else "-",
-                f"{_float(results[0]['test']):#.4g}" if results else "-",
+                f"{_float(result['test']):#.4g}",
                 str(reached[0]) if reached else "never",
                 f"{1000 * np.median(seconds):.1f}" if seconds else "-",
             ]
