@@ -4,6 +4,8 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from optax_unitscale import unit_muon, unit_scale
 pytestmark = pytest.mark.slow
 
 
-def losses(devices: list[jax.Device]) -> list[float]:
+def losses(devices: Sequence[Any]) -> list[float]:
     """Of a small network whose parameters and batches are split over the devices."""
     mesh = jax.make_mesh((len(devices),), ("all",), axis_types=(AxisType.Auto,), devices=devices)
     split = NamedSharding(mesh, P("all"))
