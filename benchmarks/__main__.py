@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2, after one line, where it cannot be done."""
+    # Shells make what they start in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     about = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser("python -m benchmarks", description="Experiments with unit_scale.", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
