@@ -36,7 +36,7 @@ def filled(document: str, found: Mapping[str, str]) -> str:
     def written(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in found:
-            raise KeyError(f"the results hold no {name!r}, only {', '.join(found)}")
+            raise KeyError(f"the results hold no {name!r}")
         space = "\n\n" if "\n" in found[name] else ""
         return f"{start}{space}{found[name]}{space}{end}"
 
