@@ -151,7 +151,7 @@ def result(higher_is_better=True, **tests):
     [([3, 4], [1, 2], "better"), ([1, 2], [3, 4], "worse"), ([1, 3], [2, 4], "level")],
 )
 def test_the_verdict_is_level_where_seeds_overlap(ours, other, outcome):
-    numbers = {"unit_scale": ours, "unit_scale_global": [0, 0], "lion": other, "sgd": [0, 1]}
+    numbers = {"unit_muon": ours, "unit_scale_global": [9, 9], "lion": other, "sgd": [0, 1]}
     verdict = judge(result(**numbers))
     assert verdict is not None
     assert (verdict.ours["test"], verdict.other["test"], verdict.outcome) == (ours, other, outcome)
@@ -159,25 +159,29 @@ def test_the_verdict_is_level_where_seeds_overlap(ours, other, outcome):
     verdict = judge(result(higher_is_better=False, **lower))
     assert verdict is not None
     assert verdict.outcome == outcome
-
-
-def test_there_is_no_verdict_without_seeds_on_both_sides():
-    assert judge(result(unit_scale=[1.0], sgd=None)) is None
-    assert judge(result(sgd=[1.0])) is None
-
-
-def test_the_table_has_a_row_for_each_verdict():
-    task = result(unit_scale=[3.0, 4.0], adamw=[1.0, 2.0], sgd=[0.5, 1.0], clip=None)
-    _, _, row = verdicts({"a_task": task, "another": result()}).splitlines()
-    assert row == (
-        "| a task | points, higher is better | `unit_scale` 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) "
-        "| better | 0.75 (0.5 to 1) | diverged | 0.5, 0.5, 0.5 |"
+    # Against one by name.
+    verdict = judge(result(**numbers), "unit_scale_global", "sgd")
+    assert verdict is not None
+    assert (verdict.ours["test"], verdict.other["test"], verdict.outcome) == (
+        [9, 9],
+        [0, 1],
+        "better",
     )
 
 
-def test_the_table_has_a_dash_for_what_was_left_out():
-    row = verdicts({"a_task": result(unit_scale=[3.0], adamw=[1.0])}).splitlines()[-1]
-    assert row.endswith("| better | - | - | 0.5, -, - |")
+def test_there_is_no_verdict_without_seeds_on_both_sides():
+    assert judge(result(unit_muon=[1.0], sgd=None)) is None
+    assert judge(result(sgd=[1.0])) is None
+
+
+def test_the_table_has_a_row_for_each_verdict_and_a_dash_for_what_was_left_out():
+    task = result(unit_muon=[3.0, 4.0], adamw=[1.0, 2.0], sgd=[0.5, 1.0], clip=None)
+    untuned = result(unit_muon=[3.0], adamw=[1.0], unit_muon_untuned=None)
+    _, _, *rows = verdicts({"a_task": task, "b": untuned, "another": result()}).splitlines()
+    assert rows == [
+        "| a task | points, higher is better | - | 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) | better |",
+        "| b | points, higher is better | diverged | 3 (3 to 3) | `adamw` 1 (1 to 1) | better |",
+    ]
 
 
 def test_the_picture_has_a_panel_for_each_task_and_a_mean_for_each_optimizer():

@@ -78,10 +78,9 @@ def run(options: argparse.Namespace) -> None:
         show.save(picture, sweep.out / f"{name}.png", sweep.console)
     sweep.write("compare.json", sweep.results)
     sweep.console.print(Markdown(mean_table(sweep.results)))
-    drawn = {name: result for name, result in sweep.results.items() if judge(result)}
-    if drawn:
-        show.save(plot_tasks(drawn), sweep.out / "compare.png", sweep.console)
-        sweep.write("compare.md", verdicts(drawn))
+    show.save(plot_tasks(sweep.results), sweep.out / "compare.png", sweep.console)
+    if any(map(judge, sweep.results.values())):
+        sweep.write("compare.md", verdicts(sweep.results))
 
 
 def about(name: str, task: Task, plan: Plan) -> dict[str, Any]:

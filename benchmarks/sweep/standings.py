@@ -29,6 +29,7 @@ class Standing(NamedTuple):
     mean: float | None  # Of these.
     gap: float | None  # The training metric minus the test metric, mean over the seeds.
     near: float  # How many decades of learning rate came within `NEAR` of the best of any.
+    diverged: int  # How many of the learning rates tried diverged.
 
 
 def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
@@ -68,6 +69,7 @@ def _standing(
         gap=_mean(gaps),
         # The rates are half a decade apart.
         near=0.5 * sum(near),
+        diverged=sum(trial.diverged for trial in tuning),
     )
 
 
@@ -125,7 +127,7 @@ def _value(trial: Trial) -> float:
 
 
 class Verdict(NamedTuple):
-    """The best optimizer with unit_scale against the best without, by the mean test metric.
+    """One optimizer against another by the mean test metric.
 
     `outcome` is "better" or "worse" where no seed of one is as good as any of the other, "level"
     where some are.
@@ -136,42 +138,37 @@ class Verdict(NamedTuple):
     outcome: str
 
 
-def judge(result: Mapping[str, Any]) -> Verdict | None:
-    """Of a task, as `compare.json` holds it; None where one side has no finished seeds."""
+def judge(
+    result: Mapping[str, Any], ours: str = "unit_muon", other: str | None = None
+) -> Verdict | None:
+    """An optimizer against another, by default the best without unit scale, on one task.
+
+    `result` is what `compare.json` holds of it. None where one of them has no finished seeds.
+    """
     sign = 1 if result["higher_is_better"] else -1
     finished = [place for place in result["standings"] if place["mean"] is not None]
     finished.sort(key=lambda place: -sign * place["mean"])
-    ours = next((place for place in finished if is_ours(place["optimizer"])), None)
-    other = next((place for place in finished if not is_ours(place["optimizer"])), None)
-    if ours is None or other is None:
+    places = {place["optimizer"]: place for place in finished}
+    rivals = [name for name in places if (name == other if other else not is_ours(name))]
+    if ours not in places or not rivals:
         return None
-    here, there = ([sign * value for value in place["test"]] for place in (ours, other))
+    pair = places[ours], places[rivals[0]]
+    here, there = ([sign * value for value in place["test"]] for place in pair)
     outcome = "better" if min(here) > max(there) else "worse" if max(here) < min(there) else "level"
-    return Verdict(ours, other, outcome)
+    return Verdict(*pair, outcome)
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """In Markdown, one row a task; "decades" are of learning rate, `Standing.near`."""
-    heads = ["task", "metric", "best with `unit_scale`", "best without", "it is", "SGD", "clipping"]
+    """In Markdown, one row a task."""
+    heads = ["task", "metric", "`unit_muon` at 0.03", "tuned", "best without, tuned", "tuned it is"]
     rows = []
     for name, result in results.items():
-        verdict = judge(result)
-        if verdict is None:
-            continue
-        places = {place["optimizer"]: place for place in result["standings"]}
-        rivals = [places.get(rival) for rival in ("sgd", "clip")]
-        own = [verdict.ours, *rivals]
-        rows.append(
-            [
-                name.replace("_", " "),
-                _measure(result),
-                *(f"`{x['optimizer']}` {_spread(x)}" for x in (verdict.ours, verdict.other)),
-                verdict.outcome,
-                *map(_spread, rivals),
-                ", ".join(f"{place['near']:.1f}" if place else "-" for place in own),
-            ]
-        )
-    return show.markdown([*heads, "decades: it, SGD, clipping"], rows)
+        if verdict := judge(result):
+            places = {place["optimizer"]: place for place in result["standings"]}
+            rival = f"`{verdict.other['optimizer']}` {_spread(verdict.other)}"
+            own = _spread(places.get("unit_muon_untuned")), _spread(verdict.ours)
+            rows.append([name.replace("_", " "), _measure(result), *own, rival, verdict.outcome])
+    return show.markdown(heads, rows)
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
