@@ -1,7 +1,6 @@
 """The values that commands take, and how a wrong one is answered."""
 
 import argparse
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -32,17 +31,6 @@ def count(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
     return parse
 
 
-def positive(text: str) -> float:
-    """A parser of finite numbers above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
-
-
 def add(
     parser: argparse.ArgumentParser,
     option: str,
@@ -65,13 +53,7 @@ def add(
 
 def add_out(parser: argparse.ArgumentParser, what: str, resumed: str = "") -> None:
     """Declares --out, the folder of `what`, and for what can go on, such as "run", --resume."""
-    add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", _folder)
+    add(parser, "--out DIR", f"folder for {what} (default: a new one under runs/)", pathlib.Path)
     if resumed:
         text = f"continue the {resumed} in --out, or the newest under runs/"
         parser.add_argument("--resume", action="store_true", help=text)
-
-
-def _folder(text: str) -> pathlib.Path:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"expected the name of a folder, got {text!r}")
-    return pathlib.Path(text)

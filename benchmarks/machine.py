@@ -1,8 +1,7 @@
-"""What computes: Python, packages, device and cores, for the files that hold results."""
+"""What computes: Python, packages and device, for the files that hold results."""
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
@@ -25,10 +24,3 @@ def versions(*packages: str) -> dict[str, str | None]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

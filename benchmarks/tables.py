@@ -6,6 +6,7 @@ not begin with a marker, for then Markdown takes the line for HTML.
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ def filled(document: str, found: Mapping[str, str]) -> str:
     def written(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in found:
-            raise KeyError(f"the results hold no {name!r}, only {', '.join(found)}")
+            raise KeyError(f"the results hold no {name!r}")
         space = "\n\n" if "\n" in found[name] else ""
         return f"{start}{space}{found[name]}{space}{end}"
 
@@ -74,16 +75,39 @@ def _magnitudes(norms: Any) -> dict[str, str]:
 
 
 def _compared(sweep: str, results: Any) -> dict[str, str]:
-    outcomes = [verdict.outcome for x in results.values() if (verdict := judge(x))]
-    counts = [f"{x} on {outcomes.count(x)}" for x in ("better", "level", "worse")]
+    def outcomes(*names: str) -> str:
+        own = [verdict.outcome for x in results.values() if (verdict := judge(x, *names))]
+        counts = [f"{x} on {own.count(x)}" for x in ("better", "level", "worse")]
+        return f"{', '.join(counts)} of {len(own)} tasks"
+
     found = {
         sweep: verdicts(results).strip(),
         f"{sweep}/means": mean_table(results).strip(),
-        f"{sweep}/outcomes": f"{', '.join(counts)} of {len(outcomes)} tasks",
+        f"{sweep}/outcomes": outcomes("unit_muon"),
+        f"{sweep}/untuned": outcomes("unit_muon_untuned"),
+        f"{sweep}/untuned/adamw": outcomes("unit_muon_untuned", "adamw"),
     }
+    for name in means(results):
+        own = {x: _place(result, name) for x, result in results.items() if _place(result, name)}
+        found[f"{sweep}/near/{name}"] = f"{sum(place['near'] for place in own.values()):g}"
+        found[f"{sweep}/diverged/{name}"] = str(sum(place["diverged"] for place in own.values()))
+        # On how many tasks unit_muon loses less from training to test.
+        less = [_lost(results[x], "unit_muon") < _lost(results[x], name) for x in own]
+        found[f"{sweep}/keeps/{name}"] = f"{sum(less)} of {len(less)}"
     for name, own in means(results).items():
         found |= {f"{sweep}/{task}/{name}": mean for task, mean in own.items()}
     return found
+
+
+def _place(result: Any, name: str) -> Any:
+    return next((place for place in result["standings"] if place["optimizer"] == name), None)
+
+
+def _lost(result: Any, name: str) -> float:
+    """By how much the metric is worse on the test split than in training."""
+    place = _place(result, name)
+    gap = math.nan if place is None or place["gap"] is None else place["gap"]
+    return gap if result["higher_is_better"] else -gap
 
 
 def _transferred(sweep: str, results: Any) -> dict[str, str]:

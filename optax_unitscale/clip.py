@@ -81,8 +81,6 @@ def _clipped(
 ) -> list[jax.Array]:
     """The leaves of one group, shortened to the limit."""
     value, root = norm_of(norm, over, leaves)
-    # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-    value = jnp.where(jnp.isinf(value), jnp.nan, value)
     is_within = value <= jnp.asarray(limit).astype(value.dtype) * root * root
     # A group within the limit stays as it is. Its quotient, which is not used, is by 1: jnp.where
     # has a finite derivative only where both of its values have one.

@@ -16,7 +16,7 @@ from jax import lax
 from optax_unitscale.coefficients import Steps, Triple, steps_of
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import partitions, reduced_as, varying_axes, without_reduced
-from optax_unitscale.norms import Norm, Reduction, divide, norm_of
+from optax_unitscale.norms import Reduction, divide, norm_of
 from optax_unitscale.paths import Path, gradients, show
 from optax_unitscale.spread import Stack, spread
 
@@ -238,7 +238,10 @@ def _polar(x: jax.Array, axes: tuple[str, ...], steps: Steps, is_narrow: bool) -
 
     def gram_of(x: jax.Array) -> jax.Array:
         part = product(x, x.conj().T)
-        return lax.psum_scatter(part, axes, tiled=True) if axes else part
+        if not axes:
+            return part
+        # Of `tiled=True` XLA for TPU v6e makes an all-reduce.
+        return lax.psum_scatter(part.reshape(lax.psum(1, axes), -1, len(part)), axes)
 
     def whole(rows: jax.Array) -> jax.Array:
         return lax.all_gather(rows, axes, tiled=True) if axes else rows
@@ -260,7 +263,4 @@ def _polar(x: jax.Array, axes: tuple[str, ...], steps: Steps, is_narrow: bool) -
 
 def _unit(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A matrix over its Frobenius norm."""
-    value, root = norm_of("l2", (Reduction((0, 1), axes),), [x])
-    # An infinite norm has infinite elements.
-    value = jnp.where(jnp.isinf(value), jnp.nan, value)
-    return divide(x, Norm(value, root), (0, 1))
+    return divide(x, norm_of("l2", (Reduction((0, 1), axes),), [x]), (0, 1))

@@ -248,10 +248,7 @@ def _retract_one(
     # Other kernels' radii may differ between the devices of jax.shard_map, this one's do not.
     if others := tuple(set(varying_axes(radius)) - set(varying_axes(p))):
         radius = lax.pmax(radius, others)
-    value, root = _norm_of(norm, kernel, p + wide)
-    radius = radius.astype(value.dtype)
-    # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-    by = Norm(jnp.where(jnp.isinf(value), jnp.nan, value), root)
+    by = _norm_of(norm, kernel, p + wide)
     # Zeros are to change nothing: p may be off the radius by what it was rounded.
     is_left = (_norm_of("l1", kernel, wide).value == 0) | (radius == 0)
     by, radius, is_left = jax.tree.map(functools.partial(_spread, kernel), (by, radius, is_left))

@@ -133,7 +133,5 @@ def _unit(
     value, root = norm_of(norm, over, leaves)
     floor = jnp.asarray(min_norm).astype(value.dtype)
     is_below = value < floor * root * root
-    # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-    value = jnp.where(jnp.isinf(value), jnp.nan, value)
     by = Norm(jnp.where(is_below, floor, value), jnp.where(is_below, jnp.ones_like(root), root))
     return [divide(x, by, reduction.axes) for x, reduction in zip(leaves, over, strict=True)]

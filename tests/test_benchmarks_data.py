@@ -8,6 +8,7 @@ import zipfile
 import pytest
 
 from benchmarks import data
+from benchmarks.arguments import UsageError
 
 # The smallest of those that the tasks read.
 SMALL = ("jupyterlab-language-pack-fr-FR", "4.5.post3")
@@ -40,21 +41,9 @@ def test_a_kept_package_is_read_without_pip(kept):
         assert opened.read("greeting.txt") == b"hello"
 
 
-def test_a_kept_package_that_is_another_file_is_refused(kept):
-    kept.mkdir()
-    (kept / "greeting-1.0.whl").write_bytes(wheel()[0])
-    with pytest.raises(data.UnavailableError, match=r"has SHA-256 \w{64}, expected 0: delete /"):
-        data.archive("greeting", "1.0", "0")
-
-
-def test_without_an_index_one_line_names_the_package_and_what_to_do(kept, capfd):
-    with pytest.raises(data.UnavailableError) as caught:
-        data.archive(*SMALL, "0")
-    (line,) = str(caught.value).splitlines()
-    assert line == (
-        f"cannot fetch {' '.join(SMALL)}: there is no connection to the package index. Connect to "
-        f"a package index, or put its wheel at {kept / '-'.join(SMALL)}.whl"
-    )
+def test_without_an_index_the_package_is_named_and_what_pip_says(kept, capfd):
+    with pytest.raises(UsageError, match=f"cannot fetch {' '.join(SMALL)}: (.|\n)*Connection"):
+        data.archive(*SMALL, 64 * "0")
     said = capfd.readouterr()
     assert f"Fetching {' '.join(SMALL)}" in said.out
     assert said.err == ""
@@ -62,12 +51,6 @@ def test_without_an_index_one_line_names_the_package_and_what_to_do(kept, capfd)
 
 def test_a_fetched_package_that_is_another_file_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(data.UnavailableError, match="expected 0: use another package index"):
-        data.archive(*SMALL, "0")
+    with pytest.raises(UsageError, match=f"Expected sha256 {64 * '0'}"):
+        data.archive(*SMALL, 64 * "0")
     assert not any(tmp_path.iterdir())
-
-
-def test_what_was_made_once_is_not_made_again(kept):
-    counts = iter([b"first", b"second"])
-    assert data.cached("made", "key", lambda: next(counts)) == b"first"
-    assert data.cached("made", "key", lambda: next(counts)) == b"first"

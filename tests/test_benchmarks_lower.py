@@ -1,10 +1,9 @@
-"""`python -m benchmarks lower`: how it reads programs, its forecast, its results, its refusals.
+"""`python -m benchmarks lower`: how it reads programs, its results, its refusals.
 
 That it compiles for TPU and GPU is tested in tests/aot.
 """
 
 import json
-import math
 import pathlib
 
 import jax
@@ -15,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.__main__ import main
-from benchmarks.lowering import forecast
 from benchmarks.lowering.programs import (
     Collective,
     all_product_flops,
@@ -175,25 +173,6 @@ def test_on_cpu_too_every_pass_over_the_gradient_is_counted(count):
     assert reads(program.as_text() or "", leaves=1) == count
 
 
-def test_a_share_of_a_step_follows_its_formula():
-    chip = forecast.CHIPS["TPU v5e"]
-    model = forecast.MODELS["70 B"]
-    found = forecast.share(chip, model, 1024, all_reduces=2)
-    step = 6 * 70e9 * 4e6 / (1024 * 197e12 * 0.4)
-    # Four pods of 16 by 16: 16 hops there and 16 back, and two messages each way between pods.
-    latency = 32e-6 + 2 * 2 * 50e-6
-    update = 3 * 4 * 70e9 / (1024 * 819e9) + 2 * latency + 24 * (12 * 80 + 6) / 400e9
-    assert math.isclose(found["step"], step)
-    assert math.isclose(found["update"], update)
-    assert math.isclose(found["share"], update / (step + update))
-    # What the results say of it in words, from the last line up.
-    names = {**chip._asdict(), **model._asdict(), "chips": 1024, "all_reduces": 2, "hops": 16}
-    names |= {"utilisation": forecast.UTILISATION, "ceil": math.ceil, "log2": math.log2}
-    for name in reversed([name for name in forecast.FORMULA if name != "hops"]):
-        names[name] = eval(forecast.FORMULA[name], {"max": max}, names)
-    assert found == {name: pytest.approx(names[name], rel=1e-12) for name in found}
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_recorded_programs_hold_what_is_said_of_them(topology):
     rows = RECORDED["results"][topology]
@@ -205,18 +184,11 @@ def test_the_recorded_programs_hold_what_is_said_of_them(topology):
         assert row["reused_bytes"] == row["gradient_bytes"]
         assert row["products"] is None
     assert rows["optax.contrib.muon(0.02)"]["collectives"]["all-gather"] > 10
-    # 25 matrices are too few for 256 devices: XLA splits Optax's products and repeats some.
+    # By itself XLA sends more to split the products, or computes some twice.
     ours, theirs = (rows[x] for x in ("orthogonalize()", "optax.contrib.scale_by_muon(beta=0)"))
     assert ours["wire_ratio"] < 0.5 * theirs["wire_ratio"]
     assert 1 <= ours["products"] < 3
-    assert theirs["products"] > 2
-
-
-def test_the_recorded_forecast_is_that_of_the_recorded_programs():
-    shares = forecast.shares(RECORDED["results"])
-    assert RECORDED["forecast"] == {"formula": forecast.FORMULA, "shares": shares}
-    assert (RESULTS / "forecast.md").read_text() == forecast.as_markdown(shares)
-    assert len(shares) == len(forecast.CHIPS) * len(forecast.MODELS) * len(forecast.COUNTS)
+    assert theirs["products"] >= 1
 
 
 @pytest.mark.skipif(INSTALLED, reason="the compilers are installed")

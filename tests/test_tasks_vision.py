@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
@@ -34,14 +33,14 @@ BOXES = np.array([[8.0, 16.0, 40.0, 40.0], [60.0, 50.0, 76.0, 90.0], [100.0, 0.0
 @pytest.mark.parametrize("source", [image_classification, vanishing])
 def test_no_image_is_in_two_splits_and_labels_are_mixed_alike(source):
     parts = source.splits()
-    images = [{image.tobytes() for image in part.pixels} for part in parts.values()]
+    images = [{image.tobytes() for image in part.inputs[0]} for part in parts.values()]
     assert all(not a & b for a, b in itertools.combinations(images, 2))
     total = sum(len(part.labels) for part in parts.values())
     for name, share in {"train": 0.8, "validation": 0.1, "test": 0.1}.items():
         labels = parts[name].labels
         assert len(labels) == pytest.approx(share * total, abs=1)
         assert np.bincount(labels) == pytest.approx(np.full(10, len(labels) / 10), rel=0.15)
-        assert 0 <= parts[name].pixels.min() < parts[name].pixels.max() == 1
+        assert 0 <= parts[name].inputs[0].min() < parts[name].inputs[0].max() == 1
 
 
 def test_no_photograph_is_in_two_splits():
@@ -144,7 +143,7 @@ def test_a_detector_sees_a_tile_and_a_photograph_alike():
 
 def test_gradients_vanish_with_depth():
     task = vanishing.load()
-    batch = task.batch(0, 0, 64, slice(None))
+    batch = task.batch(0, 0, 64)
     norms = []
     for depth in (4, 16):
         model = MLP(64, vanishing.WIDTH, depth, 10, nnx.sigmoid, nnx.Rngs(0))
@@ -155,7 +154,7 @@ def test_gradients_vanish_with_depth():
 
 def test_gradients_explode():
     task = exploding.load()
-    gradients = nnx.jit(nnx.grad(task.loss))(task.model(0), task.batch(0, 0, 64, slice(None)))
+    gradients = nnx.jit(nnx.grad(task.loss))(task.model(0), task.batch(0, 0, 64))
     norms = {name: float(norm) for name, norm in gradient_norms(gradients).items()}
     assert norms["head/kernel"] < 10
     assert 1e6 < norms["recurrent/cell/dense_i/bias"] < np.inf
@@ -180,9 +179,4 @@ def test_a_short_run_shows_what_the_model_sees(name, shown, tmp_path):
     (result,) = log.of("result", "unit_scale")
     assert all(0 <= result[split] <= 100 for split in ("train", "validation", "test"))
     assert shown in log.of("sample", "unit_scale")[0]["text"]
-    picture = tmp_path / "sample_unit_scale.png"
-    assert picture.exists() == (name == "object_detection")
-    if picture.exists():
-        image = matplotlib.image.imread(picture)
-        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
     jax.clear_caches()

@@ -35,8 +35,6 @@ PRESETS = {
 }
 # All but a run that takes minutes each time.
 SWEPT = tuple(name for name in TASKS if name != "finetune")
-# What `compare.json` holds of a task.
-RESULT = {"metric": str, "higher_is_better": bool, "target": float, "standings": list}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,39 +50,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs what is missing, writes, prints; returns the exit status."""
+def run(options: argparse.Namespace) -> None:
+    """Runs what is missing, writes, prints."""
     loaded = {name: tasks.load(name) for name in dict.fromkeys(options.task or SWEPT)}
     plan = PRESETS[options.preset]
     abouts = {name: about(name, task, plan) for name, task in loaded.items()}
-    with session.opened("compare", options, abouts, RESULT) as sweep:
-        todo = []
-        optimizers = dict.fromkeys(options.optimizer or COMPARED)
-        for name, optimizer in itertools.product(loaded, optimizers):
-            log = sweep.logs[name]
-            do = functools.partial(work, name, optimizer, plan)
-            job = Job(f"{optimizer} on {name}", do, session.trials(log, optimizer=optimizer))
-            contender = CONTENDERS[optimizer]
-            total = (plan.rates if contender.tuned else 1) + len(contender.decays) + plan.seeds
-            if contender.decays:  # Which may replace the best setting, whose seeds were run.
-                total = max(total, len(job.done) + 1)
-            todo.append(session.Todo(job, log, total))
-        sweep.run(todo, options.workers)
-        for name, task in loaded.items():
-            if trials := session.trials(sweep.logs[name]):
-                places = standings(trials, task)
-                fields = ("metric", "higher_is_better", "target", "steps")
-                said = {field: abouts[name][field] for field in fields}
-                sweep.results[name] = {**said, "standings": [x._asdict() for x in places]}
-                picture = plot_rates(name, task, trials, places)
-                show.save(picture, sweep.out / f"{name}.png", sweep.console)
-        sweep.write("compare.json", sweep.results)
-        sweep.console.print(Markdown(mean_table(sweep.results)))
-        drawn = {name: result for name, result in sweep.results.items() if judge(result)}
-        if drawn:
-            show.save(plot_tasks(drawn), sweep.out / "compare.png", sweep.console)
-            sweep.write("compare.md", verdicts(drawn))
-        return sweep.status()
+    sweep = session.opened("compare", options, abouts)
+    todo = []
+    optimizers = dict.fromkeys(options.optimizer or COMPARED)
+    for name, optimizer in itertools.product(loaded, optimizers):
+        log = sweep.logs[name]
+        do = functools.partial(work, name, optimizer, plan)
+        job = Job(f"{optimizer} on {name}", do, session.trials(log, optimizer=optimizer))
+        contender = CONTENDERS[optimizer]
+        total = (plan.rates if contender.tuned else 1) + len(contender.decays) + plan.seeds
+        if contender.decays:  # Which may replace the best setting, whose seeds were run.
+            total = max(total, len(job.done) + 1)
+        todo.append(session.Todo(job, log, total))
+    sweep.run(todo, options.workers)
+    for name, task in loaded.items():
+        trials = session.trials(sweep.logs[name])
+        places = standings(trials, task)
+        fields = ("metric", "higher_is_better", "target", "steps")
+        said = {field: abouts[name][field] for field in fields}
+        sweep.results[name] = {**said, "standings": [x._asdict() for x in places]}
+        picture = plot_rates(name, task, trials, places)
+        show.save(picture, sweep.out / f"{name}.png", sweep.console)
+    sweep.write("compare.json", sweep.results)
+    sweep.console.print(Markdown(mean_table(sweep.results)))
+    show.save(plot_tasks(sweep.results), sweep.out / "compare.png", sweep.console)
+    if any(map(judge, sweep.results.values())):
+        sweep.write("compare.md", verdicts(sweep.results))
 
 
 def about(name: str, task: Task, plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from benchmarks import machine, runs, show
 from benchmarks.arguments import add, add_out
-from benchmarks.lowering import forecast
 from benchmarks.lowering.topologies import TOPOLOGIES, is_installed
 from benchmarks.lowering.updates import CONFIG, METHODS, measure
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--topology NAME", what, several="all", choices=TOPOLOGIES)
     what = f"what to compile: {'; '.join(METHODS)}"
     add(parser, "--method NAME", what, several="all", choices=METHODS)
-    add_out(parser, "lower.json and forecast.md")
+    add_out(parser, "lower.json")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,34 +35,30 @@ def run(options: argparse.Namespace) -> int:
             console.print(f"{name}: {text} '.[bench,aot]'", markup=False, soft_wrap=True)
     if not names:
         return 1
-    with runs.folder("lower", options.out) as out:
-        results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
-        methods = dict.fromkeys(options.method or METHODS)
-        pairs = [(name, method) for name in names for method in methods]
-        for name, method in track(pairs, "compiling", console=console):
-            results[name][method] = measure(name, method)
-        shares = forecast.shares(results)
-        packages = ("jax", "jaxlib", "optax", "flax", "libtpu", "jax-cuda13-plugin")
-        content = {
-            "question": "What do the compilers for TPU and GPU make of it?",
-            "command": "python -m benchmarks lower",
-            "python": platform.python_version(),
-            "versions": machine.versions(*packages),
-            "model": vars(CONFIG),
-            "units": (
-                "bytes of one device; wire_ratio: bytes that all devices receive, over those of "
-                "all kernels; products: FLOPs of one device's matrix products, over an even share; "
-                "reads of main memory for each element of the gradient"
-            ),
-            "results": results,
-            "forecast": {"formula": forecast.FORMULA, "shares": shares},
-        }
-        runs.write(out / "lower.json", content)
-        runs.write(out / "forecast.md", forecast.as_markdown(shares))
-        for name, rows in results.items():
-            console.print(_table(name, rows))
-        show.wrote(console, out / "lower.json")
-        show.wrote(console, out / "forecast.md")
+    out = runs.folder("lower", options.out)
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    methods = dict.fromkeys(options.method or METHODS)
+    pairs = [(name, method) for name in names for method in methods]
+    for name, method in track(pairs, "compiling", console=console):
+        results[name][method] = measure(name, method)
+    packages = ("jax", "jaxlib", "optax", "flax", "libtpu", "jax-cuda13-plugin")
+    content = {
+        "question": "What do the compilers for TPU and GPU make of it?",
+        "command": "python -m benchmarks lower",
+        "python": platform.python_version(),
+        "versions": machine.versions(*packages),
+        "model": vars(CONFIG),
+        "units": (
+            "bytes of one device; wire_ratio: bytes that all devices receive, over those of all "
+            "kernels; products: FLOPs of one device's matrix products, over an even share; reads "
+            "of main memory for each element of the gradient"
+        ),
+        "results": results,
+    }
+    runs.write(out / "lower.json", content)
+    for name, rows in results.items():
+        console.print(_table(name, rows))
+    show.wrote(console, out / "lower.json")
     return 0
 
 

@@ -26,7 +26,7 @@ DTYPES = {"float16": 0.25, "bfloat16": 1.0, "float32": 1.0, "float64": 1.0}
 # A norm counts as 1 within this much, so that bfloat16, with two to three digits, can pass.
 TOLERANCE = 0.01
 # For each dtype the magnitudes, "elements", and each method's norms.
-Norms = dict[str, list[float]]
+Norms = dict[str, list[Any]]
 
 
 def _transformation(made: optax.GradientTransformation) -> Callable[[jax.Array], Any]:
@@ -42,11 +42,8 @@ METHODS: dict[str, Callable[[jax.Array], Any]] = {
 }
 # Ours lies beneath the others, wide, for near 1 they all meet.
 STYLES: list[dict[str, Any]] = [
-    {"color": "tab:green", "linewidth": 6, "alpha": 0.45},
-    {"color": "tab:blue", "linewidth": 0.8, "marker": "o", "markersize": 2.5},
-    {"color": "tab:red", "linewidth": 0.8, "marker": "s", "markersize": 2.5},
-    {"color": "tab:purple", "linewidth": 0.8, "marker": "x", "markersize": 3.5},
-    {"color": "black", "linewidth": 0.8, "marker": "^", "markersize": 2.5},
+    {"color": show.color("unit_scale"), "linewidth": 6, "alpha": 0.45},
+    *({"color": show.color(""), "linewidth": 0.8, "marker": x, "markersize": 4} for x in "osx^"),
 ]
 
 
@@ -55,32 +52,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "range.json and range.png")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures, writes, prints; returns the exit status."""
-    console = Console()
-    with runs.folder("range", options.out) as out:
-        results = {dtype: measure(dtype) for dtype in DTYPES}
-        norms = {
-            dtype: {name: list(map(_number, values)) for name, values in columns.items()}
-            for dtype, columns in results.items()
-        }
-        content = {
-            "question": "At which magnitudes does a normalised gradient have norm 1?",
-            "command": "python -m benchmarks range",
-            **machine.about("jax", "jaxlib", "optax", "numpy"),
-            "input": f"{ELEMENTS} equal elements; the l2 norm of the result, where 1 is right",
-            "norms": norms,
-        }
-        runs.write(out / "range.json", content)
-        caption = f"{ELEMENTS} equal elements: from which to which the norm is 1 within 1 %."
-        console.print(show.table("", ["dtype", *METHODS], extents(results), caption))
-        show.save(_plot(results), out / "range.png", console)
-        show.wrote(console, out / "range.json")
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Measures, writes, prints."""
+    console, out = Console(), runs.folder("range", options.out)
+    norms = {dtype: measure(dtype) for dtype in DTYPES}
+    content = {
+        "question": "At which magnitudes does a normalised gradient have norm 1?",
+        "command": "python -m benchmarks range",
+        **machine.about("jax", "jaxlib", "optax", "numpy"),
+        "input": f"{ELEMENTS} equal elements; the l2 norm of the result, where 1 is right",
+        "norms": norms,
+    }
+    runs.write(out / "range.json", content)
+    caption = f"{ELEMENTS} equal elements: from which to which the norm is 1 within 1 %."
+    console.print(show.table("", ["dtype", *METHODS], extents(norms), caption))
+    show.save(plot(norms), out / "range.png", console)
+    show.wrote(console, out / "range.json")
 
 
 def measure(dtype: str) -> Norms:
-    """The l2 norm of each method's result for 1000 equal elements, over all their magnitudes."""
+    """The l2 norm of each method's result for 1000 equal elements, over all their magnitudes.
+
+    Four digits; what is not finite is a text, for JSON has neither NaN nor infinity.
+    """
     finfo = jnp.finfo(dtype)
     lowest, highest = math.log10(float(finfo.smallest_subnormal)), math.log10(float(finfo.max))
     steps = range(math.ceil(lowest / DTYPES[dtype]), math.floor(highest / DTYPES[dtype]) + 1)
@@ -111,23 +105,19 @@ def extents(norms: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _norm(result: jax.Array) -> float:
+def _norm(result: jax.Array) -> float | str:
     sizes = np.abs(np.asarray(result).astype(np.float64))
     largest = float(sizes.max())
-    if not 0 < largest < math.inf:
-        return largest
-    return largest * math.sqrt(np.sum(np.square(sizes / largest)))
+    if not math.isfinite(largest):
+        return str(largest)
+    scale = largest or 1.0
+    return float(f"{scale * math.sqrt(np.sum(np.square(sizes / scale))):.4g}")
 
 
-def _number(value: float) -> float | str:
-    # JSON has neither NaN nor infinity.
-    return float(f"{value:.4g}") if math.isfinite(value) else str(value)
-
-
-def _plot(results: dict[str, Norms]) -> Figure:
+def plot(norms: Mapping[str, Norms]) -> Figure:
     """Norm of the result against magnitude, log-log, with rows for 0, infinity and NaN."""
-    figure, panels = show.panels(len(results), 2, (5.5, 3.3))
-    for axes, (dtype, columns) in zip(panels, results.items(), strict=True):
+    figure, panels = show.panels(len(norms), 2, (5.5, 3.3))
+    for axes, (dtype, columns) in zip(panels, norms.items(), strict=True):
         _panel(axes, dtype, columns)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
@@ -137,7 +127,7 @@ def _plot(results: dict[str, Norms]) -> Figure:
 def _panel(axes: Axes, dtype: str, columns: Norms) -> None:
     # Matplotlib's own log axis overflows at float64's ends.
     powers = np.log10(columns["elements"])
-    drawn = np.array([columns[name] for name in METHODS])
+    drawn = np.array([columns[name] for name in METHODS], float)
     logs = np.log10(drawn[np.isfinite(drawn) & (drawn > 0)])
     low, high = math.floor(logs.min()), max(1, math.ceil(logs.max()))
     row = (high - low) / 6

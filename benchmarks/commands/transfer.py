@@ -43,29 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs what is missing, writes, prints; returns the exit status."""
+def run(options: argparse.Namespace) -> None:
+    """Runs what is missing, writes, prints."""
     sizes, length = _sizes(options), PRESETS[options.preset]
     abouts = {}
     for name, own in sizes.items():
         fingerprint = FAMILIES[name].member(own[0], length).task.fingerprint
         abouts[name] = {"family": name, "length": length, "data_sha256": fingerprint}
-    with session.opened("transfer", options, abouts, {}) as sweep:
-        sweep.run([*_todo(options, sizes, length, sweep)], options.workers)
-        for name, log in sweep.logs.items():
-            if found := _found(log):
-                tried = sorted({size for own in found.values() for size in own})
-                trials = {size: session.trials(log, size=size) for size in tried}
-                picture = plot_losses(name, trials, found)
-                show.save(picture, sweep.out / f"{name}.png", sweep.console)
-            sweep.results[name] = {
-                optimizer: {str(size): best._asdict() for size, best in own.items()}
-                for optimizer, own in found.items()
-            }
-        sweep.write("transfer.json", sweep.results)
-        sweep.write("transfer.md", moves(sweep.results))
-        sweep.console.print(Markdown(moves(sweep.results)))
-        return sweep.status()
+    sweep = session.opened("transfer", options, abouts)
+    sweep.run([*_todo(options, sizes, length, sweep)], options.workers)
+    for name, log in sweep.logs.items():
+        if found := _found(log):
+            tried = sorted({size for own in found.values() for size in own})
+            trials = {size: session.trials(log, size=size) for size in tried}
+            picture = plot_losses(name, trials, found)
+            show.save(picture, sweep.out / f"{name}.png", sweep.console)
+        sweep.results[name] = {
+            optimizer: {str(size): best._asdict() for size, best in own.items()}
+            for optimizer, own in found.items()
+        }
+    sweep.write("transfer.json", sweep.results)
+    sweep.write("transfer.md", moves(sweep.results))
+    sweep.console.print(Markdown(moves(sweep.results)))
 
 
 def _sizes(options: argparse.Namespace) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
@@ -28,32 +28,29 @@ class Job(NamedTuple):
     done: Sequence[Trial] = ()
 
 
-def run(jobs: Sequence[Job], workers: int, stop: Callable[[], bool]) -> Iterator[tuple[int, Trial]]:
+def run(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Trial]]:
     """Runs each job in a process of its own, so many at a time, which share the CPU's cores out.
 
-    Yields the place of a job, and a trial of it that has ended. Asks a few times a second whether
-    to `stop`. A process that fails raises a UsageError.
+    Yields the place of a job, and a trial of it that has ended. A process that fails raises a
+    UsageError.
     """
     context = multiprocessing.get_context("spawn")
     waiting, free = list(enumerate(jobs)), list(range(workers))
     running: dict[connection.Connection, tuple[Job, int, int, BaseProcess]] = {}
-    # On Python 3.11 its start would let Ctrl-C through below.
-    resource_tracker.ensure_running()
     try:
-        while (waiting or running) and not stop():
+        while waiting or running:
             while waiting and free:
                 (index, job), turn = waiting.pop(0), free.pop(0)
                 news, end = context.Pipe(duplex=False)
                 arguments = job, end, turn, workers
                 process = context.Process(target=_start, args=arguments, daemon=True)
-                # Ctrl-C reaches the whole group, but never what starts while it is blocked; the
-                # first process ends the others.
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                # Ctrl-C reaches the whole group, but what starts while it is ignored ignores it.
+                previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 process.start()
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                signal.signal(signal.SIGINT, previous)
                 end.close()
                 running[news] = job, index, turn, process
-            ready = connection.wait(list(running), timeout=0.2)
+            ready = connection.wait(list(running))
             for news in [x for x in running if x in ready]:
                 job, index, turn, process = running[news]
                 try:
@@ -83,11 +80,8 @@ def _start(job: Job, news: connection.Connection, turn: int, workers: int) -> No
             key = learning_rate, seed, decay
             if key not in known:
                 known[key] = trials.run(*key)
-                try:
-                    news.send(known[key])
-                except OSError:
-                    # The first process was killed, and nobody would write the trial down.
-                    os._exit(1)
+                # Fails where the first process was killed, and nobody would write the trial down.
+                news.send(known[key])
             return known[key]
 
         return trial

@@ -153,7 +153,7 @@ def moves(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 
 def plot_losses(name: str, trials: Mapping[int, Sequence[Trial]], found: Found) -> Figure:
     """The loss against the learning rate, from the trials by size: a panel for each optimizer."""
-    figure, panels = show.panels(len(found), 4, (4.2, 3.2), sharey=True)
+    figure, panels = show.panels(len(found), 3, (3.3, 2.8), sharey=True)
     colors = plt.colormaps["viridis"]([i / max(1, len(trials)) for i in range(len(trials))])
     losses = []
     for panel, (optimizer, own) in zip(panels, found.items(), strict=True):
@@ -163,7 +163,8 @@ def plot_losses(name: str, trials: Mapping[int, Sequence[Trial]], found: Found) 
             losses += [value for value in points[1] if math.isfinite(value)]
             if size in own:
                 panel.plot(*own[size][:2], "o", color=color, markersize=8)
-        panel.set(title=optimizer, xscale="log", xlabel="peak learning rate")
+        panel.set_title(optimizer, color=show.color(optimizer))
+        panel.set(xscale="log", xlabel="peak learning rate")
         # Over less than a decade they would overlap.
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
@@ -176,8 +177,8 @@ def plot_losses(name: str, trials: Mapping[int, Sequence[Trial]], found: Found) 
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", title=name.replace("_", "\n"))
     figure.suptitle(
-        f"{FAMILIES[name].what}; large dots: the best rates; small: those tried; "
-        "higher losses are cut off"
+        f"{FAMILIES[name].what}; names in {show.LEGEND}\n"
+        "large dots: the best rates; small: those tried; higher losses are cut off"
     )
     return figure
 

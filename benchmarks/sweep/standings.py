@@ -5,28 +5,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import show
-from benchmarks.optimizers import COMPARED, CONTENDERS, is_ours
+from benchmarks.optimizers import CONTENDERS, is_ours
 from benchmarks.sweep.search import best, worth
 from benchmarks.sweep.trial import Trial
 from benchmarks.tasks import SPLITS, Task
 
 # Of the best: a metric within this share of it counts as near.
 NEAR = 0.1
-# unit_scale's ways in warm colours and whole lines, the others cold and dashed.
-_OURS = [name for name in COMPARED if is_ours(name)]
-_OTHERS = [name for name in COMPARED if not is_ours(name)]
-STYLES: dict[str, dict[str, Any]] = {
-    name: {"color": color, "linestyle": line, "marker": marker}
-    for names, colors, last, line in ((_OURS, "autumn", 0.75, "-"), (_OTHERS, "winter", 0.9, "--"))
-    for name, color, marker in zip(
-        names, plt.colormaps[colors](np.linspace(0.0, last, len(names))), "osv^DPX*<>", strict=False
-    )
-}
 
 
 class Standing(NamedTuple):
@@ -39,12 +28,8 @@ class Standing(NamedTuple):
     test: list[float | None]  # The final test metric at that rate, of each further seed.
     mean: float | None  # Of these.
     gap: float | None  # The training metric minus the test metric, mean over the seeds.
-    steps: int | None  # Median to the target over the seeds, None if half of them never came to.
-    seconds: float | None  # The same in seconds of training; on CPU, of all cores' time together.
     near: float  # How many decades of learning rate came within `NEAR` of the best of any.
-    near_own: float  # The same of its own best.
     diverged: int  # How many of the learning rates tried diverged.
-    tried: int
 
 
 def standings(trials: Sequence[Trial], task: Task) -> list[Standing]:
@@ -67,23 +52,13 @@ def _standing(
     name: str, tuning: Sequence[Trial], seeds: Sequence[Trial], task: Task, top: float
 ) -> Standing:
     found = best(tuning, task)
-    everything, seeds = [*tuning, *seeds], [t for t in seeds if t.setting == found.setting]
+    seeds = [t for t in seeds if t.setting == found.setting]
     tuning = [t for t in tuning if t.decay is None]
     rates = sorted(trial.learning_rate for trial in tuning)
     values = {split: [trial.results[split] for trial in seeds] for split in SPLITS}
     pairs = zip(values["train"], values["test"], strict=True)
     gaps = [x - y for x, y in pairs if x is not None and y is not None]
-    reached = sorted(math.inf if x.reached is None else x.reached for x in seeds)
-    steps = statistics.median_high(reached) if reached else math.inf
-    # Of all trials, for the machine may have been busy during one.
-    paces = [trial.seconds for trial in everything if trial.seconds is not None]
-    worths = [worth(trial, task) for trial in tuning]
-
-    def decades(top: float) -> float:
-        """Half a decade for each learning rate that is near the best."""
-        near = [x >= top - NEAR * abs(top) for x in worths if not math.isinf(top)]
-        return 0.5 * sum(near)
-
+    near = [worth(trial, task) >= top - NEAR * abs(top) for trial in tuning if math.isfinite(top)]
     return Standing(
         optimizer=name,
         learning_rate=found.learning_rate,
@@ -92,12 +67,9 @@ def _standing(
         test=values["test"],
         mean=_mean(values["test"]),
         gap=_mean(gaps),
-        steps=None if math.isinf(steps) else int(steps),
-        seconds=None if math.isinf(steps) or not paces else steps * statistics.median(paces),
-        near=decades(top),
-        near_own=decades(max(worths)),
+        # The rates are half a decade apart.
+        near=0.5 * sum(near),
         diverged=sum(trial.diverged for trial in tuning),
-        tried=len(tuning),
     )
 
 
@@ -109,39 +81,43 @@ def _mean(values: Sequence[Any]) -> float | None:
 def plot_rates(
     name: str, task: Task, trials: Sequence[Trial], places: Sequence[Standing]
 ) -> Figure:
-    """The final validation metric against the learning rate, one line an optimizer.
+    """The final validation metric against the learning rate: a panel an optimizer, the best first.
 
-    In two panels, for learning rates mean something else to optimizers whose step they bound than
-    to the others.
+    In each the lines of all others are grey.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5.6), layout="constrained", sharey=True)
-    for panel, ours in zip(panels, (True, False), strict=True):
-        for place in (place for place in places if is_ours(place.optimizer) == ours):
-            own = [t for t in trials if t.optimizer == place.optimizer and t.seed == 0]
-            own = [t for t in own if t.decay is None]
-            own.sort(key=lambda trial: trial.learning_rate)
-            values = [math.nan if t.diverged else _value(t) for t in own]
-            label = place.optimizer + (f", {place.mean:.4g}" if place.mean is not None else "")
-            rates, style = [t.learning_rate for t in own], STYLES[place.optimizer]
-            panel.plot(rates, values, label=label, **style)
-            lost = [t.learning_rate for t in own if t.diverged]
-            edge, at = 0.02 if task.higher_is_better else 0.98, panel.get_xaxis_transform()
-            panel.plot(lost, [edge] * len(lost), "x", color=style["color"], transform=at)
-        panel.axhline(task.target, color="grey", linestyle=":", linewidth=1)
-        panel.set(xscale="log", xlabel="peak learning rate")
-        panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0]:
-            where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
-            panel.legend(ncols=3, fontsize=9, title="optimizer, test metric", **where)
-    finite = [_value(t) for t in trials if not t.diverged and t.results["validation"] is not None]
+    lines = {}
+    for place in places:
+        own = [t for t in trials if (t.optimizer, t.seed, t.decay) == (place.optimizer, 0, None)]
+        own.sort(key=lambda trial: trial.learning_rate)
+        lines[place.optimizer] = (
+            [trial.learning_rate for trial in own],
+            [math.nan if trial.diverged else _value(trial) for trial in own],
+        )
+    figure, panels = show.panels(len(places), 4, (3, 2.2), sharex=True, sharey=True)
+    for panel, place in zip(panels, places, strict=True):
+        color = show.color(place.optimizer)
+        for other in lines.values():
+            panel.plot(*other, color="0.85", linewidth=1)
+        rates, values = lines[place.optimizer]
+        panel.plot(rates, values, "o-", color=color, markersize=4)
+        lost = [rate for rate, value in zip(rates, values, strict=True) if math.isnan(value)]
+        edge, at = 0.05 if task.higher_is_better else 0.95, panel.get_xaxis_transform()
+        panel.plot(lost, [edge] * len(lost), "x", color=color, transform=at)
+        panel.axhline(task.target, color="black", linestyle=":", linewidth=1)
+        mean = "" if place.mean is None else f" {place.mean:.4g}"
+        panel.set_title(f"{place.optimizer}{mean}", color=color)
+        panel.set(xscale="log")
+    finite = [value for _, values in lines.values() for value in values if math.isfinite(value)]
     if finite and not task.higher_is_better:
         # Far above, nothing is to be told apart.
         low, high = min(finite), float(np.quantile(finite, 0.9))
         panels[0].set_ylim(low - 0.05 * (high - low), high)
-    panels[0].set(ylabel=f"validation {task.metric}", title="with unit_scale")
-    panels[1].set(title="without")
-    better = "higher" if task.higher_is_better else "lower"
-    figure.suptitle(f"{name}: {better} is better; dotted: the target; x: diverged")
+    figure.supxlabel("peak learning rate")
+    figure.supylabel(f"validation {task.measure}")
+    figure.suptitle(
+        f"{name.replace('_', ' ')}: {show.LEGEND}; after the name, the test metric\n"
+        "dotted: the target; x: diverged; grey: all others"
+    )
     return figure
 
 
@@ -151,7 +127,7 @@ def _value(trial: Trial) -> float:
 
 
 class Verdict(NamedTuple):
-    """The best optimizer with unit_scale against the best without, by the mean test metric.
+    """One optimizer against another by the mean test metric.
 
     `outcome` is "better" or "worse" where no seed of one is as good as any of the other, "level"
     where some are.
@@ -162,42 +138,37 @@ class Verdict(NamedTuple):
     outcome: str
 
 
-def judge(result: Mapping[str, Any]) -> Verdict | None:
-    """Of a task, as `compare.json` holds it; None where one side has no finished seeds."""
+def judge(
+    result: Mapping[str, Any], ours: str = "unit_muon", other: str | None = None
+) -> Verdict | None:
+    """An optimizer against another, by default the best without unit scale, on one task.
+
+    `result` is what `compare.json` holds of it. None where one of them has no finished seeds.
+    """
     sign = 1 if result["higher_is_better"] else -1
     finished = [place for place in result["standings"] if place["mean"] is not None]
     finished.sort(key=lambda place: -sign * place["mean"])
-    ours = next((place for place in finished if is_ours(place["optimizer"])), None)
-    other = next((place for place in finished if not is_ours(place["optimizer"])), None)
-    if ours is None or other is None:
+    places = {place["optimizer"]: place for place in finished}
+    rivals = [name for name in places if (name == other if other else not is_ours(name))]
+    if ours not in places or not rivals:
         return None
-    here, there = ([sign * value for value in place["test"]] for place in (ours, other))
+    pair = places[ours], places[rivals[0]]
+    here, there = ([sign * value for value in place["test"]] for place in pair)
     outcome = "better" if min(here) > max(there) else "worse" if max(here) < min(there) else "level"
-    return Verdict(ours, other, outcome)
+    return Verdict(*pair, outcome)
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """In Markdown, one row a task; "decades" are of learning rate, `Standing.near`."""
-    heads = ["task", "metric", "best with `unit_scale`", "best without", "it is", "SGD", "clipping"]
+    """In Markdown, one row a task."""
+    heads = ["task", "metric", "`unit_muon` at 0.03", "tuned", "best without, tuned", "tuned it is"]
     rows = []
     for name, result in results.items():
-        verdict = judge(result)
-        if verdict is None:
-            continue
-        places = {place["optimizer"]: place for place in result["standings"]}
-        rivals = [places.get(rival) for rival in ("sgd", "clip")]
-        own = [verdict.ours, *rivals]
-        rows.append(
-            [
-                name.replace("_", " "),
-                _measure(result),
-                *(f"`{x['optimizer']}` {_spread(x)}" for x in (verdict.ours, verdict.other)),
-                verdict.outcome,
-                *map(_spread, rivals),
-                ", ".join(f"{place['near']:.1f}" if place else "-" for place in own),
-            ]
-        )
-    return show.markdown([*heads, "decades: it, SGD, clipping"], rows)
+        if verdict := judge(result):
+            places = {place["optimizer"]: place for place in result["standings"]}
+            rival = f"`{verdict.other['optimizer']}` {_spread(verdict.other)}"
+            own = _spread(places.get("unit_muon_untuned")), _spread(verdict.ours)
+            rows.append([name.replace("_", " "), _measure(result), *own, rival, verdict.outcome])
+    return show.markdown(heads, rows)
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
@@ -220,22 +191,27 @@ def mean_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def plot_tasks(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     """One panel a task, one row an optimizer: the seeds' test metrics and their mean."""
-    figure, panels = show.panels(len(results), 4, (3.5, 3.2), sharey=True)
+    found = {place["optimizer"] for x in results.values() for place in x["standings"]}
+    names = sorted(found, key=lambda name: (not is_ours(name), name))
+    figure, panels = show.panels(len(results), 3, (3.6, 0.6 + 0.19 * len(names)), sharey=True)
     for panel, (name, result) in zip(panels, results.items(), strict=True):
         for place in result["standings"]:
-            row, color = COMPARED.index(place["optimizer"]), STYLES[place["optimizer"]]["color"]
+            row, color = names.index(place["optimizer"]), show.color(place["optimizer"])
             if place["mean"] is not None:
                 rows = [row] * len(place["test"])
                 panel.plot(place["test"], rows, "|-", color=color, alpha=0.6)
                 panel.plot(place["mean"], row, "o", color=color)
-        panel.axvline(result["target"], color="grey", linestyle=":", linewidth=1)
+        panel.axvline(result["target"], color="black", linestyle=":", linewidth=1)
         panel.set(title=name.replace("_", " "), xlabel=_measure(result))
         panel.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(COMPARED)), COMPARED)
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
+    for panel in panels:
+        for label, name in zip(panel.get_yticklabels(), names, strict=False):
+            label.set_color(show.color(name))
     figure.suptitle(
-        "Test metric of further seeds at each one's best learning rate, and their mean; dotted: "
-        "the target"
+        f"{show.LEGEND}; ticks: test metric of further seeds at the best learning rate\n"
+        "dots: their mean; dotted: the target"
     )
     return figure
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ import optax
 from flax import nnx
 
 from benchmarks import optimizers
+from benchmarks.runs import number
 from benchmarks.tasks import SPLITS, Task
 from optax_unitscale import layers_of
 
@@ -77,7 +77,7 @@ class Trials:
             taken = []
             start = clock()
             for step in range(done + 1, end + 1):
-                batch = task.batch(seed, step, self._batch_size, slice(None))
+                batch = task.batch(seed, step, self._batch_size)
                 params, state, loss = self._step(graph, decay, params, state, others, batch, rate)
                 taken.append(loss)
             taken = jax.device_get(taken)
@@ -95,12 +95,12 @@ class Trials:
             optimizer=self._optimizer,
             learning_rate=learning_rate,
             seed=seed,
-            losses=list(map(_number, losses)),
-            curve=list(map(_number, curve)),
-            results={x: _number(task.evaluate(model, x)) if whole else None for x in SPLITS},
+            losses=list(map(number, losses)),
+            curve=list(map(number, curve)),
+            results={x: number(task.evaluate(model, x)) if whole else None for x in SPLITS},
             reached=min(at, default=None),
             # The first steps compile.
-            seconds=_number(np.median(durations[1:] or durations)),
+            seconds=number(np.median(durations[1:] or durations)),
             decay=decay,
         )
 
@@ -112,8 +112,3 @@ class Trials:
 
     def _transformation(self, rate, model, decay):
         return optimizers.make(self._optimizer, rate, self._steps, layers_of(model), decay)
-
-
-def _number(value: Any) -> float | None:
-    # JSON has neither NaN nor infinity.
-    return float(f"{float(value):.6g}") if math.isfinite(value) else None

@@ -12,10 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 SPLITS = ("train", "validation", "test")
-Rows = slice | np.ndarray
 
 # Results of `compare`.
 TUNED = pathlib.Path(__file__).parents[1] / "results/cpu-2-cores/compare/compare.json"
@@ -28,9 +26,9 @@ TASKS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.isp
 class Task:
     """Data, model, loss and metric of one application.
 
-    A batch is a pure function of `(seed, step, batch_size, rows)`, those of its rows that a slice
-    or indices name; its leaves' first axis is the row. The metric is of a split of `SPLITS`, where
-    "train" stands for a fixed part of it, about as large as the validation split.
+    A batch is a pure function of `(seed, step, batch_size)`; its leaves' first axis is the example.
+    The metric is of a split of `SPLITS`, where "train" stands for a fixed part of it, about as
+    large as the validation split.
     """
 
     metric: str  # The name of what `evaluate` returns, with its unit.
@@ -46,10 +44,11 @@ class Task:
     loss: Callable[[Any, Any], jax.Array]  # Of a model on a batch.
     evaluate: Callable[[Any, str], float]
     sample: Callable[[Any, int], str]  # What a model makes of unseen inputs, from a seed.
-    draw: Callable[[Any], Figure] | None = None  # The same as a picture.
     evaluations: int = 20  # How often a run computes the metric on its way, at the end too.
     # Peak rates of contenders where `tuned` has none.
     learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # The fields that are others where an accelerator is at hand, such as a larger model's.
+    large: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def measure(self) -> str:
@@ -61,9 +60,11 @@ class Task:
         return value >= other if self.higher_is_better else value <= other
 
 
-def draw_rows(seed: int, step: int, count: int, batch_size: int, rows: Rows) -> np.ndarray:
-    """Those of a batch's random indices below `count` that `rows` names."""
-    return np.random.default_rng((seed, step)).integers(count, size=batch_size)[rows]
+def draw(examples: Any, seed: int, step: int, batch_size: int) -> Any:
+    """A batch of random examples, along the first axis of all leaves."""
+    count = len(jax.tree.leaves(examples)[0])
+    chosen = np.random.default_rng((seed, step)).integers(count, size=batch_size)
+    return jax.tree.map(lambda x: x[chosen], examples)
 
 
 def printable(text: str) -> str:
@@ -80,6 +81,12 @@ def summary(name: str) -> str:
 def load(name: str) -> Task:
     """Reads a task's data and returns it ready to train."""
     return importlib.import_module(f"benchmarks.tasks.{name}").load()
+
+
+def enlarged(task: Task) -> Task:
+    """A task for an accelerator: ten times the steps, four times the batch, and what is `large`."""
+    more = {"steps": 10 * task.steps, "batch_size": 4 * task.batch_size, **task.large}
+    return dataclasses.replace(task, **more)
 
 
 def tuned(name: str) -> dict[str, float]:

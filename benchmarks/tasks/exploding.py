@@ -8,7 +8,7 @@ from flax import nnx
 from benchmarks.models.classifiers import RNN
 from benchmarks.tasks import Task
 from benchmarks.tasks.image_classification import splits
-from benchmarks.tasks.shared.classification import make_task
+from benchmarks.tasks.shared.classification import make_image_task
 
 PIXELS = 7
 WIDTH = 64
@@ -17,7 +17,7 @@ GAIN = 1.7
 
 def load() -> Task:
     """Reads the images of the task `image_classification`."""
-    return make_task(
+    return make_image_task(
         splits(),
         model=lambda seed: RNN(PIXELS, WIDTH, GAIN, 10, nnx.Rngs(seed)),
         target=50.0,

@@ -25,8 +25,7 @@ def encode(part: list[Example]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def load() -> Task:
-    """Reads the questions and the checkpoint, and checks the latter."""
-    minilm.check(minilm.make())
+    """Reads the questions and the checkpoint."""
     return make_task(
         encode,
         model=lambda seed: Classifier(minilm.make(), TRAINED, nnx.Rngs(seed)),

@@ -3,6 +3,7 @@
 import functools
 import math
 import pydoc_data.topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from flax import nnx
 
 from benchmarks import data
 from benchmarks.models.gpt import GPT, GPTConfig
-from benchmarks.tasks import Rows, Task, draw_rows, printable
+from benchmarks.tasks import Task, printable
 
 CONFIG = GPTConfig(vocabulary=256, context=64, depth=2, heads=4, width=128)
+# Where an accelerator is at hand.
+LARGE = GPTConfig(vocabulary=256, context=256, depth=8, heads=8, width=512)
 EVALUATED = 128
 SAMPLE_LENGTH = 240
 
@@ -39,25 +42,34 @@ def load() -> Task:
         fingerprint=data.fingerprint(splits().values()),
         steps=1200,
         batch_size=8,
-        tokens=CONFIG.context,
         unit="tokens",
-        model=lambda seed: GPT(CONFIG, nnx.Rngs(seed)),
-        batch=_batch,
+        **_sized(CONFIG),
         loss=_loss,
         evaluate=_evaluate,
         sample=_sample,
+        large=_sized(LARGE),
     )
 
 
-def _windows(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _sized(config: GPTConfig) -> dict[str, Any]:
+    """What depends on the model."""
+    return {
+        "tokens": config.context,
+        "model": lambda seed: GPT(config, nnx.Rngs(seed)),
+        "batch": functools.partial(_batch, config.context),
+    }
+
+
+def _windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
     """One token longer than the context."""
-    return text[starts[:, None] + np.arange(CONFIG.context + 1)].astype(np.int32)
+    return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
-def _batch(seed: int, step: int, batch_size: int, rows: Rows) -> np.ndarray:
+def _batch(context: int, seed: int, step: int, batch_size: int) -> np.ndarray:
     """Random windows of the training text."""
     text = splits()["train"]
-    return _windows(text, draw_rows(seed, step, len(text) - CONFIG.context, batch_size, rows))
+    rng = np.random.default_rng((seed, step))
+    return _windows(text, rng.integers(len(text) - context, size=batch_size), context)
 
 
 def _loss(model: GPT, batch: jax.Array) -> jax.Array:
@@ -74,9 +86,9 @@ def _evaluate(model: GPT, split: str) -> float:
 
     A character that UTF-8 writes in several bytes counts once.
     """
-    text = splits()[split]
-    starts = np.linspace(0, len(text) - CONFIG.context - 1, EVALUATED).astype(int)
-    windows = _windows(text, starts)
+    text, context = splits()[split], model.config.context
+    starts = np.linspace(0, len(text) - context - 1, EVALUATED).astype(int)
+    windows = _windows(text, starts, context)
     targets = windows[:, 1:]
     characters = np.count_nonzero(targets & 0xC0 != 0x80)
     bits_per_byte = float(_evaluation_loss(model, jnp.asarray(windows))) / math.log(2)
@@ -98,7 +110,7 @@ def _sample(model: GPT, seed: int) -> str:
     """A continuation of the first paragraph of the test text that is prose."""
     text = splits()["test"]
     start = text.tobytes().index(b"\n\nThe ") + 2
-    prompt = text[start : start + CONFIG.context].astype(np.int32)
+    prompt = text[start : start + model.config.context].astype(np.int32)
     tokens = _generate(model, jnp.asarray(prompt), jax.random.key(seed), SAMPLE_LENGTH)
     texts = (bytes(np.asarray(x, np.uint8)).decode(errors="replace") for x in (prompt, tokens))
     return printable("▸".join(texts))

@@ -31,11 +31,10 @@ def encode(part: list[Example]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the questions and of the passages."""
 
     def tokens(texts: list[str], length: int) -> np.ndarray:
-        rows = np.full((len(texts), length), PAD, np.int32)
-        for row, encoded in zip(rows, _tokenizer().encode_batch(texts), strict=True):
-            ids = encoded.ids[:length]
-            row[: len(ids)] = ids
-        return rows
+        tokenizer = _tokenizer()
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(pad_id=PAD, length=length)
+        return np.array([x.ids for x in tokenizer.encode_batch(texts)], np.int32)
 
     questions = tokens([x.question for x in part], QUESTION)
     return questions, tokens([_beginning(x) for x in part], PASSAGE)

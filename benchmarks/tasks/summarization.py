@@ -2,12 +2,12 @@
 
 import ast
 import functools
-import json
-import pathlib
 import warnings
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
+import joblib
 from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks import data
@@ -25,27 +25,26 @@ sympy 1.14.0 e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5
 
 def splits() -> dict[str, list[Pair]]:
     """Names with the bodies of their docstrings, and the first lines, divided by source file."""
-    source = pathlib.Path(__file__).read_text()
-    triples = json.loads(data.cached("docstrings.json", source, _read_all))
-    divided = data.divide(triples, unit=lambda triple: triple[0])
+    read: Any = joblib.Memory(data.folder(), verbose=0).cache(_read_all)
+    divided = data.divide(read(PACKAGES), unit=lambda triple: triple[0])
     return {
         split: [(prompt, summary) for _, prompt, summary in part] for split, part in divided.items()
     }
 
 
-def _read_all() -> bytes:
+def _read_all(packages: str) -> list[list[str]]:
     """File, prompt and summary of every docstring that has a body, each body and summary once."""
     print("Reading the docstrings of five packages, once", flush=True)
     triples, seen = [], set()
-    for wheel in data.archives(PACKAGES):
+    for wheel in data.archives(packages):
         for path in sorted(wheel.namelist()):
             if not path.endswith(".py") or "/tests/" in path:
                 continue
             for prompt, summary in _read(wheel, path):
                 if prompt not in seen and summary not in seen:
                     seen |= {prompt, summary}
-                    triples.append((path, prompt, summary))
-    return json.dumps(triples).encode()
+                    triples.append([path, prompt, summary])
+    return triples
 
 
 def _read(wheel: zipfile.ZipFile, path: str) -> list[Pair]:

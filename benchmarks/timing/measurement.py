@@ -1,15 +1,12 @@
 """How things are timed: compiled first, then in turn, round by round, and compared by the round."""
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-
-from benchmarks.timing.methods import PASSES
 
 Row = dict[str, Any]
 WARM_UP = 3
@@ -24,7 +21,6 @@ class Timed:
     name: str
     scope: str
     call: Callable[[], Any]  # Does it once and waits for the end.
-    passes: tuple[str, ...] = ()  # The ceilings that together move the same bytes.
     facts: Row = dataclasses.field(default_factory=dict)  # Known of it beforehand.
 
 
@@ -35,12 +31,7 @@ class Arrays:
         self.donated, self.kept = donated, kept
 
     def timed(
-        self,
-        name: str,
-        scope: str,
-        function: Callable[..., Any],
-        passes: tuple[str, ...] = (),
-        needs_kept: bool = False,
+        self, name: str, scope: str, function: Callable[..., Any], needs_kept: bool = False
     ) -> Timed:
         """Of `(donated, kept) -> (donated, other results)`, compiled."""
         kept = self.kept if needs_kept else None
@@ -49,7 +40,7 @@ class Arrays:
         def call() -> None:
             self.donated, _ = jax.block_until_ready(program(self.donated, kept))
 
-        return Timed(name, scope, call, passes, facts)
+        return Timed(name, scope, call, facts)
 
 
 def compile_function(
@@ -72,10 +63,10 @@ def compile_function(
     return program, facts
 
 
-def measure(contenders: Sequence[Timed], rounds: int, stop: threading.Event) -> np.ndarray:
+def measure(contenders: Sequence[Timed], rounds: int) -> np.ndarray:
     """The seconds of each contender in each round, (contender, round), in turn.
 
-    Rounds to warm up do not count. A KeyboardInterrupt says that `stop` was set.
+    Rounds to warm up do not count.
     """
     taken: list[list[float]] = [[] for _ in contenders]
     for _ in range(WARM_UP + rounds):
@@ -84,38 +75,22 @@ def measure(contenders: Sequence[Timed], rounds: int, stop: threading.Event) -> 
             contender.call()
             times.append(time.perf_counter() - start)
         time.sleep(SETTLE)
-        if stop.is_set():
-            raise KeyboardInterrupt
     return np.array(taken)[:, WARM_UP:]
 
 
-def summarize(contenders: Sequence[Timed], times: np.ndarray, gradient_bytes: int) -> list[Row]:
-    """A row a contender, scope by scope, from what `measure` returns.
+def summarize(contenders: Sequence[Timed], times: np.ndarray) -> list[Row]:
+    """A row a contender, from what `measure` returns.
 
-    It holds the name and the facts; seconds; ratio, the time over that of the scope's first in the
-    same round; bytes, how many the passes move; share, what the passes took in the same round over
-    the time. These are medians with quartiles. Contenders of scope "ceiling" measure the one pass
-    that they have; where several measure the same one, the fastest counts.
+    It holds the name and the facts; seconds; and ratio, the time over that of the scope's first in
+    the same round. These are medians with quartiles.
     """
     firsts: dict[str, np.ndarray] = {}
-    ceilings: dict[str, np.ndarray] = {}
-    rows: dict[str, list[Row]] = {}
+    rows = []
     for contender, own in zip(contenders, times, strict=True):
-        firsts.setdefault(contender.scope, own)
-        if contender.scope == "ceiling":
-            (name,) = contender.passes
-            ceilings[name] = min(ceilings.get(name, own), own, key=np.median)
-    for contender, own in zip(contenders, times, strict=True):
-        row = {"scope": contender.scope, "name": contender.name, "seconds": _quartiles(own)}
-        if contender.scope != "ceiling":
-            row["ratio"] = _quartiles(own / firsts[contender.scope])
-        if contender.passes:
-            row["passes"] = list(contender.passes)
-            row["bytes"] = gradient_bytes * sum(PASSES[name] for name in contender.passes)
-            least = np.sum([ceilings[name] for name in contender.passes], axis=0)
-            row["share"] = _quartiles(least / own)
-        rows.setdefault(contender.scope, []).append(row | contender.facts)
-    return [row for scope in rows.values() for row in scope]
+        first = firsts.setdefault(contender.scope, own)
+        found = {"seconds": _quartiles(own), "ratio": _quartiles(own / first)}
+        rows.append({"scope": contender.scope, "name": contender.name} | found | contender.facts)
+    return rows
 
 
 def _quartiles(values: np.ndarray) -> dict[str, float]:

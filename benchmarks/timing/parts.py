@@ -13,29 +13,31 @@ import optax.contrib
 from flax import nnx
 
 from benchmarks.models.gpt import GPT
-from benchmarks.timing import pytorch, trees
+from benchmarks.timing import trees
 from benchmarks.timing.measurement import Arrays, Row, Timed
-from benchmarks.timing.methods import CEILINGS, SCOPES, STEPS
+from benchmarks.timing.methods import CEILINGS, SCOPES
 from benchmarks.timing.trees import MODELS
 from optax_unitscale import unit_scale
 from optax_unitscale.orthogonal import orthogonalize
 
 PARTS = {
     "transformation": "every method alone on the gradients of GPTs, beside the ceilings",
-    "step": "an optimizer's step, parameters included",
     "training": "a GPT's training step",
     "eager": "calls without jax.jit on 150 leaves",
     "leaves": "4 M parameters in more and more leaves, run and compiled",
-    "groups": "4 M parameters in more and more rows and columns",
     "orthogonal": "orthogonalize beside Optax's on the kernels of transformers",
 }
 DTYPES = ("float32", "bfloat16")
 RATE = 1e-3
 SEQUENCES = 4
-TRAINED = ("sgd", "unit_scale(), sgd", 'unit_scale(scope="global"), sgd')
+# Before plain gradient descent.
+TRAINED = {
+    "sgd": optax.identity(),
+    "unit_scale(), sgd": unit_scale(),
+    'unit_scale(scope="global"), sgd': unit_scale(scope="global"),
+}
 EAGER_LEAVES = 150
-LEAVES = (10, 30, 100, 300, 1000, 2000, 3000, 5000)
-GROUPS = (1, 4, 16, 64, 256, 1024, 4096)
+LEAVES = (10, 30, 100, 300, 1000)
 # Blocks and their width.
 SIZES = ((12, 256), (48, 64))
 # The first of each scope is what the others are compared with.
@@ -76,18 +78,15 @@ def plan(
     models: Sequence[str],
     dtypes: Sequence[str],
     rounds: int,
-    most_leaves: int,
     trained: str,
 ) -> list[Job]:
     """What a run measures, in order; training, of one model and in the first dtype, less often."""
     both = list(itertools.product(models, dtypes))
     every = {
         "transformation": (_transformation, both),
-        "step": (_step, both),
         "training": (_training, [(trained, dtypes[0])]),
         "eager": (_eager, [()]),
-        "leaves": (_leaves, [(count,) for count in LEAVES if count <= most_leaves]),
-        "groups": (_groups, [(count,) for count in GROUPS]),
+        "leaves": (_leaves, [(count,) for count in LEAVES]),
         "orthogonal": (_orthogonal, SIZES),
     }
     return [
@@ -114,34 +113,14 @@ def _only(change: optax.GradientTransformation) -> Callable[[Any, Any], tuple[An
 
 
 def _transformation(model: str, dtype: str) -> Comparison:
-    """Every method of every scope; "axis" on the same GPT with its blocks stacked."""
+    """Every method of every scope."""
     about, shapes = _about(model, dtype)
-    plain = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
-    stacked = Arrays(trees.fill(trees.stack_blocks(shapes)))
-    contenders = _ceilings(plain)
+    arrays = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
+    contenders = _ceilings(arrays)
     for scope, methods in SCOPES.items():
-        arrays = stacked if scope == "axis" else plain
-        for name, (change, passes, needs) in methods.items():
-            contenders.append(arrays.timed(name, scope, _only(change), passes, needs))
-    return about, contenders + pytorch.contenders(shapes, steps=False)
-
-
-def _step(model: str, dtype: str) -> Comparison:
-    """Optimizer steps whose parameters are donated; the gradient stays as it is."""
-    about, shapes = _about(model, dtype)
-    params = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
-    contenders = _ceilings(params)
-    for name, method in STEPS.items():
-        descend = functools.partial(_descend, optax.chain(method.change, optax.sgd(RATE)))
-        contenders.append(
-            params.timed(name, "step", lambda p, g, f=descend: (f(p, g), None), method.passes, True)
-        )
-    return about, contenders + pytorch.contenders(shapes, steps=True)
-
-
-def _descend(optimizer: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    return optax.apply_updates(params, updates)
+        for name, (change, needs_params) in methods.items():
+            contenders.append(arrays.timed(name, scope, _only(change), needs_params))
+    return about, contenders
 
 
 def _training(model: str, dtype: str) -> Comparison:
@@ -166,12 +145,13 @@ def _training(model: str, dtype: str) -> Comparison:
 
     arrays = Arrays(params, jnp.asarray(tokens))
     contenders = []
-    for name in TRAINED:
-        optimizer = optax.chain(STEPS[name].change, optax.sgd(RATE))
+    for name, change in TRAINED.items():
+        optimizer = optax.chain(change, optax.sgd(RATE))
 
         def train(params: Any, tokens: jax.Array, optimizer: Any = optimizer) -> Any:
             value, gradient = jax.value_and_grad(loss)(params, tokens)
-            return _descend(optimizer, params, gradient), value
+            updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+            return optax.apply_updates(params, updates), value
 
         contenders.append(arrays.timed(name, "training", train, needs_kept=True))
     about, shapes = _about(model, dtype)
@@ -201,24 +181,6 @@ def _leaves(count: int) -> Comparison:
     return {"leaves": count, **about}, contenders
 
 
-def _groups(count: int) -> Comparison:
-    """4 arrays of a million elements whose rows, or columns, each have a norm of their own."""
-    contenders = []
-    sizes = count, 2**20 // count
-    for scope, axis, shape in (("rows", 1, sizes), ("columns", 0, sizes[::-1])):
-        arrays = Arrays([jnp.ones(shape) for _ in range(4)])
-
-        def naive(updates: Any, _: Any, axis: int = axis) -> Any:
-            return jax.tree.map(
-                lambda x: x * jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True)), updates
-            ), None
-
-        ours = _only(unit_scale(axis=axis))
-        contenders.append(arrays.timed(f"x * rsqrt(sum(x * x, {axis}))", scope, naive))
-        contenders.append(arrays.timed(f"unit_scale(axis={axis})", scope, ours))
-    return {"groups": count, "parameters": 4 * 2**20}, contenders
-
-
 def _orthogonal(depth: int, width: int) -> Comparison:
     """The six kernels of each of a transformer's blocks."""
     shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
@@ -235,9 +197,9 @@ def _orthogonal(depth: int, width: int) -> Comparison:
 def _ceilings(arrays: Arrays) -> list[Timed]:
     """What memory allows: over the same leaves, and over one float32 array of as many bytes."""
     words = -(-sum(x.nbytes for x in jax.tree.leaves(arrays.donated)) // 4)
-    whole = Arrays(jnp.ones(words, jnp.float32), jnp.ones(words, jnp.float32))
+    whole = Arrays(jnp.ones(words, jnp.float32))
     return [
-        of.timed(f"{name}, {place}", "ceiling", function, (name,), name == "triad")
+        of.timed(f"{name}, {place}", "ceiling", function)
         for place, of in (("same leaves", arrays), ("one array", whole))
         for name, function in CEILINGS.items()
     ]

@@ -25,25 +25,6 @@ def gpt(model: str, dtype: str) -> Any:
     )
 
 
-def stack_blocks(shapes: Any) -> Any:
-    """The same GPT with its blocks stacked along axis 0, as a scan over layers keeps them."""
-    blocks = list(shapes["blocks"]["layers"].values())
-    stacked = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((len(blocks), *x.shape), x.dtype), blocks[0]
-    )
-    return {**shapes, "blocks": stacked}
-
-
-def block_labels(tree: Any) -> Any:
-    """One label for each block of a GPT, and one for each of its other modules."""
-
-    def label(path: Any, _: Any) -> str:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return "/".join(names[:3]) if names[0] == "blocks" else names[0]
-
-    return jax.tree_util.tree_map_with_path(label, tree)
-
-
 def leaves(count: int, total: int = 4_000_000) -> list[jax.ShapeDtypeStruct]:
     """Float32 leaves of `total` elements together, give or take, in four shapes by turns."""
     size = total // count

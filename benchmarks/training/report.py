@@ -12,13 +12,9 @@ from rich.table import Table
 from benchmarks import show
 from benchmarks.runs import Log
 from benchmarks.tasks import Task
-from optax_unitscale import norm_ratios, plot_norms
+from optax_unitscale import plot_norms
 
-CAPTION = (
-    "rate: peak learning rate. final, best: of the validation split. test: final, of the test "
-    "split. max/med, min/med: the largest and the smallest gradient norm of a layer over the "
-    "median layer's, typical step."
-)
+CAPTION = "rate: peak learning rate. final, best: of the validation split. test: final."
 
 
 def progress(console: Console) -> Progress:
@@ -29,64 +25,48 @@ def progress(console: Console) -> Progress:
 
 
 def table(log: Log, names: list[str], task: Task) -> Table:
-    """One row an optimizer: the metric, steps to the target, time, spread of the norms."""
+    """One row an optimizer: the metric, steps to the target, time."""
     best = np.nanmax if task.higher_is_better else np.nanmin
     rows = []
     for name in names:
-        evaluations, results = log.of("evaluation", name), log.of("result", name)
+        evaluations, (result,) = log.of("evaluation", name), log.of("result", name)
         values = [_float(e["value"]) for e in evaluations]
         reached = [e["step"] for e in evaluations if task.better(_float(e["value"]), task.target)]
         # The first step compiles.
         seconds = [e["seconds"] for e in log.of("step", name)[1:]]
-        largest, smallest = _spread(log, name)
         rows.append(
             [
                 name,
                 f"{log.of('run', name)[0]['learning_rate']:g}",
-                f"{values[-1]:#.4g}" if values else "-",
+                f"{values[-1]:#.4g}",
                 f"{best(values):#.4g}" if np.isfinite(values).any() else "-",
-                f"{_float(results[0]['test']):#.4g}" if results else "-",
+                f"{_float(result['test']):#.4g}",
                 str(reached[0]) if reached else "never",
                 f"{1000 * np.median(seconds):.1f}" if seconds else "-",
-                f"{largest:.1f}",
-                f"{smallest:.3f}",
             ]
         )
     heads = ["optimizer", "rate", "final", "best", "test", f"steps to {task.target:g}", "ms/step"]
-    return show.table(task.measure, [*heads, "max/med", "min/med"], rows, CAPTION)
-
-
-def verdict(log: Log, names: list[str], task: Task) -> str:
-    """Who came first on the test split, by how much, in words; "" before there are two results."""
-    tests = {name: _float(e["test"]) for name in names for e in log.of("result", name)}
-    tests = {name: value for name, value in tests.items() if math.isfinite(value)}
-    if len(tests) < 2:
-        return ""
-    first, second, *_ = sorted(tests, key=tests.__getitem__, reverse=task.higher_is_better)
-    return (
-        f"{first} came first on the test split: {tests[first]:.3g} against {tests[second]:.3g} of "
-        f"{second}, the next ({task.metric})."
-    )
+    return show.table(task.measure, heads, rows, CAPTION)
 
 
 def plot_losses(log: Log, names: list[str], task: Task) -> Figure:
-    """Training loss and validation metric against the step, one colour an optimizer."""
+    """Training loss and validation metric against the step, a line an optimizer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in names:
+    for name, style in show.styles(names).items():
         steps, evaluations = log.of("step", name), log.of("evaluation", name)
         losses = np.array([_float(e["loss"]) for e in steps])
         window = max(1, len(losses) // 40)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        (line,) = left.plot(np.arange(window, len(losses) + 1), smooth, label=name)
+        left.plot(np.arange(window, len(losses) + 1), smooth, label=name, **style)
         at, values = [e["step"] for e in evaluations], [_float(e["value"]) for e in evaluations]
-        right.plot(at, values, "o-", markersize=3, color=line.get_color(), label=name)
-    right.axhline(task.target, color="grey", linestyle=":", label=f"target {task.target:g}")
+        right.plot(at, values, label=name, **style)
+    right.axhline(task.target, color="grey", linestyle=":", linewidth=1)
     left.set(title="Training, running mean over 2.5 % of the steps", xlabel="step", ylabel="loss")
-    right.set(title="Validation", xlabel="step", ylabel=task.metric)
+    right.set(title="Validation; dotted: the target", xlabel="step", ylabel=task.metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(_title(log, names))
+        show.name_ends(axes)
+    figure.suptitle(f"{_title(log, names)}; {show.LEGEND}")
     return figure
 
 
@@ -108,16 +88,6 @@ def plot_gradient_norms(log: Log, names: list[str]) -> Figure:
 def _title(log: Log, names: list[str]) -> str:
     run = log.of("run", names[0])[0]
     return f"{run['task']}, {run['steps']} steps, seed {run['seed']}"
-
-
-def _spread(log: Log, name: str) -> tuple[float, float]:
-    # Steps without any layer of finite, nonzero norm have no spread.
-    ratios = np.array(list(norm_ratios(_norms(log, name)).values()))
-    ratios = ratios[:, np.any(ratios > 0, axis=0)]
-    if not ratios.size:
-        return math.nan, math.nan
-    largest, smallest = np.nanmax(ratios, axis=0), np.nanmin(ratios, axis=0)
-    return float(np.median(largest)), float(np.median(smallest))
 
 
 def _norms(log: Log, name: str) -> list[dict[str, float | None]]:

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.lowering import forecast
 
 pytest.importorskip("libtpu", reason="needs the extra aot")
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra aot")
@@ -27,9 +26,6 @@ def test_it_writes_and_shows_what_it_compiled(tmp_path, capsys):
             assert list(row["collectives"]) == ["all-reduce"]
             assert row["reused_bytes"] == row["gradient_bytes"] == 60620800
             assert row["compile_seconds"] > 0
-    table = (tmp_path / "new" / "forecast.md").read_text()
-    assert table == forecast.as_markdown(forecast.shares(written["results"]))
-    assert "| TPU v6e | 70 B |" in table
     said = capsys.readouterr().out
     for text in (*TOPOLOGIES, "unit_scale()", "clip_by_global_norm(1)", "60.6 MB a device"):
         assert text in said

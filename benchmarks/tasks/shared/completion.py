@@ -1,21 +1,21 @@
 """What tasks share in which a GPT reads a prompt and writes its completion, such as a reply."""
 
-import importlib.metadata
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import joblib
 import numpy as np
 import optax
+import tokenizers
 from flax import nnx
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from benchmarks import data
 from benchmarks.models.gpt import GPT, GPTConfig, complete
-from benchmarks.tasks import Rows, Task, draw_rows, printable
+from benchmarks.tasks import Task, draw, printable
 
 Pair = tuple[str, str]
 PAD, SEPARATOR, END = range(3)
@@ -24,18 +24,18 @@ SPECIAL = ["<pad>", "<separator>", "<end>"]
 
 def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Byte pairs that are frequent in some texts; where it was learnt before, it is read."""
+    learn: Any = joblib.Memory(data.folder(), verbose=0).cache(_learn)
+    return Tokenizer.from_str(learn(texts, vocabulary, tokenizers.__version__))
 
-    def learn() -> bytes:
-        # With a space before it, a first word is the token that it is elsewhere.
-        learner = ByteLevelBPETokenizer(add_prefix_space=True)
-        learner.train_from_iterator(
-            texts, vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
-        )
-        return learner.to_str().encode()
 
-    version = importlib.metadata.version("tokenizers")
-    key = "\n".join([pathlib.Path(__file__).read_text(), version, str(vocabulary), *texts])
-    return Tokenizer.from_str(data.cached("tokenizer.json", key, learn).decode())
+def _learn(texts: Sequence[str], vocabulary: int, version: str) -> str:
+    del version
+    # With a space before it, a first word is the token that it is elsewhere.
+    learner = ByteLevelBPETokenizer(add_prefix_space=True)
+    learner.train_from_iterator(
+        texts, vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
+    )
+    return learner.to_str()
 
 
 class Examples(NamedTuple):
@@ -47,10 +47,6 @@ class Examples(NamedTuple):
 
     tokens: Any
     given: Any
-
-    def take(self, rows: Rows) -> "Examples":
-        """Some of the rows."""
-        return Examples(self.tokens[rows], self.given[rows])
 
 
 class Pairs:
@@ -87,14 +83,9 @@ class Pairs:
             given[row] = len(start)
         return Examples(tokens, given)
 
-    def batch(self, seed: int, step: int, batch_size: int, rows: Rows) -> Examples:
-        """Random training examples."""
-        train = self.examples["train"]
-        return train.take(draw_rows(seed, step, len(train.given), batch_size, rows))
-
     def first(self, split: str) -> Examples:
         """The examples of a split that stand for it in evaluation."""
-        return Examples(*map(jnp.asarray, self.examples[split].take(slice(self.evaluated))))
+        return jax.tree.map(lambda x: jnp.asarray(x[: self.evaluated]), self.examples[split])
 
     def complete(self, model: GPT, split: str) -> tuple[list[str], list[str]]:
         """What a model makes of the `first` prompts of a split, greedily, and what was wanted."""
@@ -133,13 +124,11 @@ def make_task(
     *,
     score: Callable[[Sequence[str], Sequence[str]], float] | None = None,
     shown: int = 4,
-    note: Callable[[Sequence[str], Sequence[str]], str] = lambda found, wanted: "",
     **fields: Any,
 ) -> Task:
     """The task of completing `pairs`, with a small GPT; `fields` are what tasks do not share.
 
-    The metric is the score of what was found against what was wanted, else the perplexity. `note`
-    goes below the samples of which so many are shown.
+    The metric is the score of what was found against what was wanted, else the perplexity.
     """
     config = GPTConfig(pairs.vocabulary, pairs.context, depth=2, heads=4, width=128)
 
@@ -149,17 +138,16 @@ def make_task(
         return score(*pairs.complete(model, split))
 
     def sample(model: GPT, seed: int) -> str:
-        found, wanted = pairs.complete(model, "test")
-        return pairs.show(found, shown, seed) + note(found, wanted)
+        return pairs.show(pairs.complete(model, "test")[0], shown, seed)
 
     return Task(
-        fingerprint=data.fingerprint(array for part in pairs.examples.values() for array in part),
+        fingerprint=data.fingerprint(jax.tree.leaves(list(pairs.examples.values()))),
         steps=600,
         batch_size=16,
         tokens=pairs.context,
         unit="tokens",
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
-        batch=pairs.batch,
+        batch=lambda *where: draw(pairs.examples["train"], *where),
         loss=loss,
         evaluate=evaluate,
         sample=sample,
