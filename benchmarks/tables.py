@@ -122,13 +122,15 @@ def _transferred(sweep: str, results: Any) -> dict[str, str]:
 
 
 def _received(results: Any) -> str:
-    """What each device receives for orthogonal matrices, in GB."""
+    """What devices receive and compute for orthogonal matrices."""
     names = ["orthogonalize()", "optax.contrib.scale_by_muon(beta=0)", "optax.contrib.muon(0.02)"]
-    rows = [
-        [topology, *(f"{own[name]['wire_bytes'] / 1e9:.1f}" for name in names)]
-        for topology, own in results.items()
-    ]
-    return _table(["gigabytes a device receives", *(f"`{name}`" for name in names)], rows)
+
+    def cell(row: Any) -> str:
+        gigabytes, ratio = row["wire_bytes"] / 1e9, row["wire_ratio"]
+        return f"{gigabytes:.1f}, {ratio:.3g}, {row['products']:.2f}"
+
+    rows = [[topology, *(cell(own[name]) for name in names)] for topology, own in results.items()]
+    return _table(["GB, over kernels, products", *(f"`{name}`" for name in names)], rows)
 
 
 def _timed(parts: Any) -> dict[str, str]:

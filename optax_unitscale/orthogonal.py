@@ -24,6 +24,9 @@ __all__ = ["orthogonalize"]
 
 # Elements that an accelerator works on at a time.
 BATCH = 2**24
+# What an accelerator computes while it receives a byte from its neighbours: TPU v5e about 1000 or
+# 2000, as its links are used, TPU v5p 800 to 2300, H100 with NVLink 2200.
+FLOPS_A_BYTE = 2000
 
 
 def orthogonalize(
@@ -97,11 +100,19 @@ def orthogonalize(
       comes whole to one device, is processed there and goes back: the numbers are those of one
       device, and no product is computed twice. Each mesh axis that splits the kernels costs one
       all-to-all there and one back. Kernels whose names differ in numbers only, such as
-      "blocks/3/up", are assumed to be split alike; if they are not, more is sent. There should be
-      as many matrices of one shape as devices, or a multiple: with fewer, devices idle or repeat
-      each other's work. Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh
-      outside `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of
-      the steps needs collectives.
+      "blocks/3/up", are assumed to be split alike; if they are not, more is sent.
+
+      Best is a multiple of as many matrices of one shape as devices. What is left over, or all
+      where there are fewer, is spread over some mesh axes. Over the others large matrices, of
+      thousands of inputs and outputs, are split by the columns of the longer side: their products
+      are shared, but in each step devices send each other matrices of the shorter side squared.
+      Small ones are processed by several devices alike. Where a mesh is automatic, JAX does not
+      show how kernels are split, and XLA may split what comes back from columns over more axes:
+      then state `out_shardings` of `jax.jit`.
+
+      Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh outside
+      `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of the
+      steps needs collectives.
 
       In `jax.shard_map` a part of a matrix would give something else than a part of the result.
       With `check_vma=True` a kernel that varies over a mesh axis is an error. With
@@ -174,10 +185,15 @@ def _orthogonalize(
         if kernel:
             groups[*sorted(kernel[0].fans(x.shape)), x.dtype].append(i)
     leaves, function = list(leaves), functools.partial(_each, steps=steps)
-    for members in groups.values():
+    for (rows, columns, _), members in groups.items():
+        # Each step has 4 rows**2 * columns + 2 rows**3 FLOPs; devices that share a matrix receive
+        # 8 bytes for each element of A in it, 4 to add it up and 2 each for it and the polynomial.
+        work = (4 * columns + 2 * rows) / 8 / FLOPS_A_BYTE
         layers, names = zip(*(kernels[i] for i in members), strict=True)
         own = [leaves[i] for i in members]
-        for i, x in zip(members, spread(function, _matrices, layers, names, own), strict=True):
+        for i, x in zip(
+            members, spread(function, _matrices, layers, names, own, work), strict=True
+        ):
             leaves[i] = x
     return leaves
 
@@ -190,22 +206,27 @@ def _matrices(layer: Layer, x: jax.Array) -> Stack:
     return x if rows <= columns else x.swapaxes(1, 2)
 
 
-def _each(stack: Stack, steps: Steps) -> Stack:
-    """The polar factor of each matrix of a stack."""
-    most = max(1, BATCH // math.prod(stack.shape[1:]))
+def _each(stack: Stack, axes: tuple[str, ...], steps: Steps) -> Stack:
+    """The polar factor of each matrix of a stack, whose columns are split over mesh axes."""
+    # Those whose columns are split are large. XLA:TPU makes no reduce-scatter of a batch.
+    most = min(len(stack), BATCH // math.prod(stack.shape[1:])) if not axes else 1
     one, several = (
-        functools.partial(_polar, steps=steps, is_narrow=is_narrow) for is_narrow in (False, True)
+        functools.partial(_polar, axes=axes, steps=steps, is_narrow=x) for x in (False, True)
     )
     return lax.platform_dependent(
         stack,
         # One at a time, which stays in the cache.
         cpu=lambda stack: lax.map(one, stack),
-        default=lambda stack: lax.map(several, stack, batch_size=min(most, len(stack))),
+        default=lambda stack: lax.map(several, stack, batch_size=most if most > 1 else None),
     )
 
 
-def _polar(x: jax.Array, steps: Steps, is_narrow: bool) -> jax.Array:
-    """The polar factor of one matrix, whose products are in bfloat16 if `is_narrow`."""
+def _polar(x: jax.Array, axes: tuple[str, ...], steps: Steps, is_narrow: bool) -> jax.Array:
+    """The polar factor of one matrix, whose products are in bfloat16 if `is_narrow`.
+
+    Each of the devices along mesh `axes` has some of its columns, and computes some rows of the
+    products of square matrices.
+    """
     wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else np.dtype(np.float32)
     narrow = jnp.bfloat16 if is_narrow and wide == np.float32 else wide
     # Not the user's jax.default_matmul_precision, which could make these bfloat16 too.
@@ -215,21 +236,31 @@ def _polar(x: jax.Array, steps: Steps, is_narrow: bool) -> jax.Array:
         x, y = x.astype(narrow), y.astype(narrow)
         return jnp.matmul(x, y, precision=precision, preferred_element_type=wide)
 
+    def gram_of(x: jax.Array) -> jax.Array:
+        part = product(x, x.conj().T)
+        if not axes:
+            return part
+        # Of `tiled=True` XLA for TPU v6e makes an all-reduce.
+        return lax.psum_scatter(part.reshape(lax.psum(1, axes), -1, len(part)), axes)
+
+    def whole(rows: jax.Array) -> jax.Array:
+        return lax.all_gather(rows, axes, tiled=True) if axes else rows
+
     def step(x: jax.Array, triple: jax.Array) -> tuple[jax.Array, None]:
         a, b, c = triple
-        gram = product(x, x.conj().T)
-        factor = b * gram + c * product(gram, gram)
-        return (a * x.astype(wide) + product(factor, x)).astype(narrow), None
+        gram = gram_of(x)
+        factor = b * gram + c * product(gram, whole(gram.astype(narrow)))
+        return (a * x.astype(wide) + product(whole(factor.astype(narrow)), x)).astype(narrow), None
 
-    unit = _unit(x.astype(wide))
+    unit = _unit(x.astype(wide), axes)
     if steps.scales_rows:
-        total = jnp.sum(jnp.abs(product(unit, unit.conj().T)), axis=1, keepdims=True)
+        total = whole(jnp.sum(jnp.abs(gram_of(unit)), axis=1, keepdims=True))
         safe = jnp.where(total > 0, total, 1)
         unit = unit * jnp.where(total > 0, lax.rsqrt(safe), 0).astype(wide)
     polar, _ = lax.scan(step, unit.astype(narrow), jnp.asarray(steps.triples, wide))
     return polar.astype(x.dtype)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A matrix over its Frobenius norm."""
-    return divide(x, norm_of("l2", (Reduction((0, 1), ()),), [x]), (0, 1))
+    return divide(x, norm_of("l2", (Reduction((0, 1), axes),), [x]), (0, 1))

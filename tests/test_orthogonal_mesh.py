@@ -13,8 +13,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import check_layout, make_mesh, shard
 
-from benchmarks.lowering.programs import collectives, wire_bytes
-from optax_unitscale import Kernel
+from benchmarks.lowering.programs import (
+    all_product_flops,
+    collectives,
+    product_flops,
+    wire_bytes,
+)
+from optax_unitscale import Kernel, orthogonal
 from optax_unitscale.orthogonal import orthogonalize
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
@@ -37,8 +42,8 @@ def blocks(depth: int) -> dict[str, Any]:
     }
 
 
-def update(tree: Any, layers: Any = None) -> Any:
-    return orthogonalize(layers=layers).update(tree, EMPTY)[0]
+def update(tree: Any, layers: Any = None, **options: Any) -> Any:
+    return orthogonalize(layers=layers, **options).update(tree, EMPTY)[0]
 
 
 def compiled(tree: Any, mesh: Any, is_set: bool = True, layers: Any = None) -> Any:
@@ -53,11 +58,11 @@ def sent(program: Any, tree: Any) -> tuple[set[str], float]:
     return {x.kind for x in found}, sum(map(wire_bytes, found)) / held
 
 
-def check_same(results: Any, tree: Any, layers: Any = None) -> None:
+def check_same(results: Any, tree: Any, layers: Any = None, atol: float = 1e-6) -> None:
     check_layout(results, tree)
     single = jax.jit(lambda tree: update(tree, layers))(jax.tree.map(np.asarray, tree))
     for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6)
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +75,7 @@ def test_with_fsdp_matrices_go_and_come_once_and_no_product_is_computed_twice(ki
     kinds, ratio = sent(program, tree)
     assert kinds == {"all-to-all"}
     assert ratio <= 2.2
+    assert share_of_products(program, tree) == 1
     text = program.as_text()
     # Whole matrices, of each shape two a block. A device has an eighth of them.
     assert set(re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", text)) == {"16,16", "16,32"}
@@ -113,6 +119,94 @@ def test_experts_that_devices_have_whole_are_not_sent(kind):
     program = compiled(tree, mesh, layers=layers)
     check_same(program(tree), tree, layers)
     assert sent(program, tree) == (set(), 0)
+
+
+def share_of_products(program: Any, tree: Any) -> float:
+    """What a device computes, over an even share."""
+    whole = jax.make_jaxpr(update)(jax.tree.map(np.asarray, tree))
+    return 8 * product_flops(program.as_text()) / all_product_flops(whole.jaxpr)
+
+
+@pytest.fixture
+def all_are_large(monkeypatch):
+    """For a matrix of 16 x 64 as long as it takes to share it eight times, as if it were huge."""
+    monkeypatch.setattr(orthogonal, "FLOPS_A_BYTE", 4.5)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def large(count: int, specs: Any, mesh: Any) -> Any:
+    """Kernels of 16 x 64, of which every second is 64 x 16."""
+    shapes = [(16, 64), (64, 16)] * count
+    arrays = {
+        f"block_{i}": {("up", "down")[i % 2]: {"kernel": sample(shapes[i], np.float32, seed=i)}}
+        for i in range(count)
+    }
+    layouts = {
+        f"block_{i}": {("up", "down")[i % 2]: {"kernel": specs[i % 2]}} for i in range(count)
+    }
+    return shard(arrays, mesh, layouts)
+
+
+# Along "b" two devices share each matrix, or along both axes eight.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("count", "others", "is_even"), [(4, 2, True), (3, 2, False), (1, 8, True)]
+)
+def test_large_matrices_that_are_too_few_are_shared(kind, count, others, is_even, all_are_large):
+    mesh = make_mesh(kind)
+    tree = large(count, [P("a", "b"), P("b", "a")], mesh)
+    program = compiled(tree, mesh)
+    check_same(program(tree), tree, atol=3e-6)
+    assert share_of_products(program, tree) == (1 if is_even else 4 / 3)
+    found = collectives(program.as_text(), 8)
+    # In each step the sum of A, its rows and those of the polynomial, for one matrix on a device.
+    steps = 5 * 3 * 4 * 16 * 16 * (others - 1) / others
+    held = 4 * 16 * 64 * count / 8
+    assert sum(map(wire_bytes, found)) - steps <= 2.2 * 2 * held * (1 if is_even else 4 / 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_over_is_shared_by_all_devices(kind, all_are_large):
+    mesh = fsdp(kind)
+    tree = large(9, [P("fsdp"), P(None, "fsdp")], mesh)
+    program = compiled(tree, mesh)
+    check_same(program(tree), tree, atol=3e-6)
+    assert share_of_products(program, tree) == 1
+
+
+@pytest.mark.parametrize("coefficients", ["muon", "aol"])
+def test_shared_matrices_are_right_at_any_magnitude_and_nan_stays_alone(
+    coefficients, all_are_large
+):
+    mesh = make_mesh()
+    arrays = (
+        sample((4, 16, 64), np.float32) * np.array([1e-30, 1, 1e30, 0], np.float32)[:, None, None]
+    )
+    broken = arrays.copy()
+    broken[1, 3, 5] = np.nan
+
+    @jax.jit
+    def work(x: jax.Array) -> jax.Array:
+        return update({"x": x}, {"x": Kernel(1, 2)}, coefficients=coefficients)["x"]
+
+    wanted = np.asarray(work(arrays))
+    with jax.set_mesh(mesh):
+        x = shard(broken, mesh, P(None, "a", "b"))
+        program = work.lower(x).compile()
+    assert "f32[16,32]" in (program.as_text() or "")
+    result = np.asarray(program(x))
+    assert np.isnan(result[1]).all()
+    np.testing.assert_allclose(result[[0, 2, 3]], wanted[[0, 2, 3]], atol=3e-6)
+
+
+def test_rows_or_columns_that_devices_cannot_share_evenly_stay_whole(all_are_large):
+    mesh = make_mesh()
+    tree = shard({"kernel": sample((8, 27), np.float32)}, mesh, {"kernel": P("a")})
+    program = compiled(tree, mesh)
+    check_same(program(tree), tree)
+    assert sent(program, tree)[0] == {"all-gather"}
 
 
 def test_one_kernel_alone_is_worked_on_whole():

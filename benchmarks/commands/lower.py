@@ -48,7 +48,11 @@ def run(options: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "versions": machine.versions(*packages),
         "model": vars(CONFIG),
-        "units": "bytes of one device; reads of main memory for each element of the gradient",
+        "units": (
+            "bytes of one device; wire_ratio: bytes that all devices receive, over those of all "
+            "kernels; products: FLOPs of one device's matrix products, over an even share; reads "
+            "of main memory for each element of the gradient"
+        ),
         "results": results,
     }
     runs.write(out / "lower.json", content)
@@ -64,14 +68,15 @@ def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
         kinds = row["collectives"].items()
         used = "\n".join(f"{n} {kind.removeprefix('collective-')}" for kind, n in kinds)
         sizes = [filesize.decimal(row[f"{name}_bytes"]) for name in ("wire", "temporary")]
-        figures = [f"{row['reads']:.2f}", f"{row['compile_seconds']:.1f}"]
+        products = "-" if row["products"] is None else f"{row['products']:.2f}"
+        figures = [products, f"{row['reads']:.2f}", f"{row['compile_seconds']:.1f}"]
         lines.append([method.removeprefix("optax."), used or "none", *sizes, *figures])
     first = next(iter(rows.values()))
     size = filesize.decimal(first["gradient_bytes"])
     return show.table(
         f"{topology}: {first['leaves']} leaves, {size} a device",
-        ["", "collectives", "received", "tempo-\nraries", "reads", "compile\ns"],
+        ["", "collectives", "received", "tempo-\nraries", "products", "reads", "compile\ns"],
         lines,
-        "Optax's names stand without optax. Received, temporaries: of one device. Reads: of main "
-        "memory, for each element.",
+        "Optax's names stand without optax. Received, temporaries: of one device. Products: of one "
+        "device, over an even share. Reads: of main memory, for each element.",
     )

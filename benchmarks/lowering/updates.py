@@ -13,7 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.lowering.programs import collectives, reads, wire_bytes
+from benchmarks.lowering.programs import (
+    all_product_flops,
+    collectives,
+    product_flops,
+    reads,
+    wire_bytes,
+)
 from benchmarks.lowering.topologies import TOPOLOGIES, make_mesh
 from benchmarks.models.gpt import GPT, GPTConfig
 from benchmarks.timing.methods import SCOPES
@@ -77,6 +83,16 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def whole_update(transformation: optax.GradientTransformation, updates: Any) -> Any:
+    """The jaxpr of the transformation where there is one device."""
+
+    def update(updates: Any) -> Any:
+        return transformation.update(updates, transformation.init(updates), updates)[0]
+
+    alone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), updates)
+    return jax.make_jaxpr(update)(alone).jaxpr
+
+
 def compile_update(
     transformation: optax.GradientTransformation, updates: Any
 ) -> jax.stages.Compiled:
@@ -94,9 +110,10 @@ def compile_update(
 def measure(topology: str, method: str) -> dict[str, Any]:
     """Compiles one of `METHODS` for one of `TOPOLOGIES`.
 
-    Gives the number of collectives of each kind; the bytes that each device receives, temporaries,
-    donated buffers that are used again, and the gradient's own size, in bytes a device; how often
-    the gradient is read; compile seconds.
+    Gives the number of collectives of each kind; the bytes that each device receives, and those
+    of all devices over those of all kernels; what matrix products it computes, over an even share
+    of them, or None if there are none; temporaries, donated buffers that are used again, and the
+    gradient's own size, in bytes a device; how often the gradient is read; compile seconds.
     """
     mesh = make_mesh(TOPOLOGIES[topology])
     updates = gradients(CONFIG, mesh)
@@ -108,10 +125,16 @@ def measure(topology: str, method: str) -> dict[str, Any]:
     if text is None or memory is None:
         raise RuntimeError(f"the compiler for {topology} does not show its programs")
     found = collectives(text, mesh.size)
+    received = sum(map(wire_bytes, found))
+    kernels = zip(leaves, jax.tree.leaves(_are_kernels(updates)), strict=True)
+    kernel_bytes = sum(x.dtype.itemsize * x.size for x, is_kernel in kernels if is_kernel)
+    products = all_product_flops(whole_update(METHODS[method], updates))
     return {
         "leaves": len(leaves),
         "collectives": dict(collections.Counter(x.kind for x in found)),
-        "wire_bytes": round(sum(map(wire_bytes, found))),
+        "wire_bytes": round(received),
+        "wire_ratio": round(received * mesh.size / kernel_bytes, 3),
+        "products": round(product_flops(text) * mesh.size / products, 3) if products else None,
         "temporary_bytes": memory.temp_size_in_bytes,
         "reused_bytes": memory.alias_size_in_bytes,
         "gradient_bytes": sum(

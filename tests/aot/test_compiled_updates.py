@@ -13,9 +13,22 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.lowering.programs import Collective, collectives, reads
+from benchmarks.lowering.programs import (
+    Collective,
+    all_product_flops,
+    collectives,
+    product_flops,
+    reads,
+    wire_bytes,
+)
 from benchmarks.lowering.topologies import TOPOLOGIES, Topology, make_mesh
-from benchmarks.lowering.updates import CONFIG, METHODS, compile_update, gradients
+from benchmarks.lowering.updates import (
+    CONFIG,
+    METHODS,
+    compile_update,
+    gradients,
+    whole_update,
+)
 from benchmarks.models.gpt import GPTConfig
 from optax_unitscale import unit_scale
 
@@ -250,3 +263,19 @@ def test_norms_of_columns_that_devices_share_move_sums_only(topology, shape, spe
     sent = collectives(text, mesh.size)
     assert {dtype for x in sent for dtype, _ in x.inputs} <= {"f64"}
     assert numbers(sent) <= 8 * columns < math.prod(shape) / 2
+
+
+# 16 matrices of one shape and 9 of another. On 8 GPUs all but one are dealt out, on 256 each is
+# shared by the devices along one mesh axis, of which 7 of 16, or 16 and 23 of 32, have none.
+@pytest.mark.parametrize(
+    ("topology", "most"),
+    [("H100, 8 GPUs", 1.0), ("H100, 256 GPUs", 2.98), ("TPU v5e, 256 chips", 1.49)],
+)
+def test_devices_share_the_products_of_large_matrices(topology, most):
+    program = compiled(TOPOLOGIES[topology], "orthogonalize()")
+    updates = gradients(CONFIG, make_mesh(TOPOLOGIES[topology]))
+    whole = all_product_flops(whole_update(METHODS["orthogonalize()"], updates))
+    assert product_flops(program.text) * program.devices <= most * whole
+    # Of a matrix that is shared 8 bytes for each element of its square, in each of the 5 steps.
+    width = CONFIG.width
+    assert sum(map(wire_bytes, program.collectives)) < 1.1 * 2 * 5 * 8 * width * width
