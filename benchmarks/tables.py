@@ -127,7 +127,7 @@ def _received(results: Any) -> str:
 
     def cell(row: Any) -> str:
         gigabytes, ratio = row["wire_bytes"] / 1e9, row["wire_ratio"]
-        return f"{gigabytes:.1f}, {ratio:.3g}, {row['products']:.2f}"
+        return f"{gigabytes:.1f}, {ratio:.{0 if ratio > 10 else 1}f}, {row['products']:.2f}"
 
     rows = [[topology, *(cell(own[name]) for name in names)] for topology, own in results.items()]
     return _table(["GB, over kernels, products", *(f"`{name}`" for name in names)], rows)
