@@ -1,5 +1,6 @@
 """The command line of the benchmarks: what it writes, refuses, and survives."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from benchmarks.models.gpt import GPTConfig
 from benchmarks.optimizers import SHOWN
 from benchmarks.runs import Log
 from benchmarks.tasks import language_modelling
-from benchmarks.training import loop
+from benchmarks.training import loop, report
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +112,19 @@ def test_the_preset_for_accelerators_trains_the_larger_model(tmp_path, monkeypat
 def test_unit_scale_learns_within_eight_steps(finished):
     losses = [e["loss"] for e in steps_of(finished, "unit_scale")]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
+
+
+def test_the_closing_line_says_who_came_first_and_by_how_much(finished):
+    log, task = Log(finished / "metrics.jsonl"), language_modelling.load()
+    names = ["unit_scale", "sgd"]
+    tests = {name: log.of("result", name)[0]["test"] for name in names}
+    first, second = sorted(tests, key=tests.__getitem__)  # Bits: fewer are better.
+    said = report.verdict(log, names, task)
+    places = [said.index(x) for x in (first, f"{tests[first]:.3g}", f"{tests[second]:.3g}", second)]
+    assert places == sorted(places)
+    other = report.verdict(log, names, dataclasses.replace(task, higher_is_better=True))
+    assert other.startswith(second)
+    assert report.verdict(log, ["sgd"], task) == ""
 
 
 @pytest.mark.parametrize("name", ["losses.png", "gradient_norms.png"])

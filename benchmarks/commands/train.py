@@ -87,3 +87,4 @@ def _show(console: Console, log: Log, names: list[str], task: Task) -> None:
     show.save(report.plot_losses(log, names, task), out / "losses.png", console)
     show.save(report.plot_gradient_norms(log, names), out / "gradient_norms.png", console)
     show.wrote(console, log.path)
+    console.print(report.verdict(log, names, task), soft_wrap=True)

@@ -49,6 +49,19 @@ def table(log: Log, names: list[str], task: Task) -> Table:
     return show.table(task.measure, heads, rows, CAPTION)
 
 
+def verdict(log: Log, names: list[str], task: Task) -> str:
+    """Who came first on the test split, by how much, in words; "" for one optimizer."""
+    tests = {name: _float(log.of("result", name)[0]["test"]) for name in names}
+    tests = {name: value for name, value in tests.items() if math.isfinite(value)}
+    if len(tests) < 2:
+        return ""
+    first, second, *_ = sorted(tests, key=tests.__getitem__, reverse=task.higher_is_better)
+    return (
+        f"{first} came first on the test split: {tests[first]:.3g} against {tests[second]:.3g} of "
+        f"{second}, the next ({task.metric})."
+    )
+
+
 def plot_losses(log: Log, names: list[str], task: Task) -> Figure:
     """Training loss and validation metric against the step, a line an optimizer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
