@@ -22,7 +22,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], capti
     """For a terminal; numbers, all columns but the first, are flush right."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, caption=caption)
     made.padding = 0, 1, 0, 0
-    least = min(20, max(len(row[0]) for row in rows))
+    least = min(22, max(len(row[0]) for row in rows))
     made.add_column(heads[0], overflow="fold", min_width=least)
     for head in heads[1:]:
         made.add_column(head, justify="right", overflow="fold")

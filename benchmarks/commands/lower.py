@@ -75,7 +75,7 @@ def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
     size = filesize.decimal(first["gradient_bytes"])
     return show.table(
         f"{topology}: {first['leaves']} leaves, {size} a device",
-        ["", "collectives", "received", "tempo-\nraries", "products", "reads", "compile\ns"],
+        ["", "collectives", "received", "tempo-\nraries", "prod-\nucts", "reads", "compile\ns"],
         lines,
         "Optax's names stand without optax. Received, temporaries: of one device. Products: of one "
         "device, over an even share. Reads: of main memory, for each element.",
