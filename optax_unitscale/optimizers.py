@@ -105,8 +105,8 @@ def unit_muon(
 
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. 0.03 is a good rate for
-        models of any width. On small GPTs the best one moved by no more than 1.4 over widths,
-        depths, batch sizes and lengths of training each, so none of these calls for a rule.
+        models of any width. On small GPTs the best one moved by 1.4 over depths, batch sizes and
+        lengths of training, and by 2 over widths, so none of these calls for a rule.
       momentum: the factor by which it decays at each step. Muon has 0.95, which was level in long
         runs on a small GPT, and behind in short ones.
       layers: what each leaf is: what `layers_of` returned, overrides for it, such as
