@@ -86,15 +86,29 @@ def divide(
 
     `times` is a factor for all norms or for each, by which the quotient is multiplied.
     """
-    value, root = norm
     # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
-    value = jnp.where(jnp.isinf(value), jnp.nan, value)
-    times = jnp.broadcast_to(1 if times is None else times, value.shape).astype(value.dtype)
-    # A quotient by the norm itself can be 0 where its product with a large factor is not.
-    value = value / jnp.maximum(times, 1)
-    value, root, rest = (lax.expand_dims(y, axes) for y in (value, root, jnp.minimum(times, 1)))
-    parts = [_quotient(_opaque(part), value, root) * rest for part in _real_parts(x, value.dtype)]
+    norm = norm._replace(value=jnp.where(jnp.isinf(norm.value), jnp.nan, norm.value))
+    factor = None
+    if times is not None:
+        norm, factor = _absorb_large(norm, jnp.asarray(times).astype(norm.value.dtype))
+        factor = lax.expand_dims(factor, axes) if factor.ndim else factor
+    value, root = (lax.expand_dims(y, axes) for y in norm)
+    parts = [_quotient(_opaque(part), value, root) for part in _real_parts(x, value.dtype)]
+    if factor is not None:
+        parts = [part * factor for part in parts]
     return _complex_of(parts).astype(x.dtype)
+
+
+def _absorb_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
+    """Divides the norm by a factor above 1, and returns what is left of the factor: at most 1.
+
+    A quotient by the norm itself can be 0 where its product with a large factor is not.
+    """
+    value, root = norm.value / jnp.maximum(times, 1), norm.root
+    plain = value / root / root
+    is_plain = (root < 1) & (plain <= _RANGES[plain.dtype].high)
+    value, root = jnp.where(is_plain, plain, value), jnp.where(is_plain, 1, root)
+    return Norm(value, root), jnp.minimum(times, 1)
 
 
 @jax.custom_jvp

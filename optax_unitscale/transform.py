@@ -131,7 +131,8 @@ def _unit(
 ) -> list[jax.Array]:
     """The leaves of one group over their norm."""
     value, root = norm_of(norm, over, leaves)
-    floor = jnp.asarray(min_norm).astype(value.dtype)
+    # Finite, for `divide` takes an infinite norm for that of infinite elements.
+    floor = jnp.minimum(jnp.asarray(min_norm).astype(value.dtype), jnp.finfo(value.dtype).max)
     is_below = value < floor * root * root
     by = Norm(jnp.where(is_below, floor, value), jnp.where(is_below, jnp.ones_like(root), root))
     return [divide(x, by, reduction.axes) for x, reduction in zip(leaves, over, strict=True)]

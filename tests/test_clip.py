@@ -100,6 +100,7 @@ def test_its_derivative_is_that_of_the_identity_within_and_of_the_quotient_beyon
 def test_no_element_is_lost_that_the_result_holds():
     for gradient, limit in (
         ([1e38, 1.0], 1e37),
+        ([1e38, 1e-30], 1e37),
         ([1e30, 1e-10], 1e25),
         ([1e-30, 1e-37], 1e-31),
         ([3e38, 1.0], 1e-37),

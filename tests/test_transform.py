@@ -95,9 +95,10 @@ def test_every_slice_and_leaf_has_min_norm_for_itself_in_any_dtype():
     check(together[1], [0.5])
 
 
-def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan():
+@pytest.mark.parametrize("floor", [3e38, np.inf])
+def test_a_min_norm_at_the_end_of_the_range_gives_zeros_and_hides_no_nan(floor):
     tree = [jnp.ones(4), jnp.zeros(4), jnp.ones(()), jnp.ones(LARGE), jnp.array([1.0, jnp.nan])]
-    *zeros, nan = jax.jit(lambda floor: scaled(tree, min_norm=floor))(3e38)
+    *zeros, nan = jax.jit(lambda floor: scaled(tree, min_norm=floor))(floor)
     assert all((np.asarray(x) == 0).all() for x in zeros)
     assert np.isnan(nan).all()
 
