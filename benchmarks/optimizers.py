@@ -22,8 +22,7 @@ from optax_unitscale import (
     unit_sgd,
 )
 
-__all__ = ["COMPARED", "CONTENDERS", "DECAYS", "ORTHOGONAL", "SHOWN", "TRANSFERRED", "Contender"]
-__all__ += ["is_ours", "make"]
+__all__ = ["COMPARED", "CONTENDERS", "SHOWN", "TRANSFERRED", "is_ours", "make", "matrices"]
 
 MOMENTUM = 0.9
 # The fan-in of a kernel for which AdamW with the 1/width rule is AdamW.
@@ -32,7 +31,7 @@ BASE_FAN_IN = 64
 DECAYS = (0.01, 0.1, 1.0)
 
 
-def _matrices(layers: Layers) -> Callable[[Any], Any]:
+def matrices(layers: Layers) -> Callable[[Any], Any]:
     """The axes of every kernel as a matrix, those of attention and convolutions too, else None."""
 
     def numbers(layer: Layer) -> MuonDimensionNumbers | None:
@@ -63,7 +62,7 @@ def _adamw_width(rate: Any, layers: Layers) -> optax.GradientTransformation:
 def _muon(rate: Any, layers: Layers, decay: float = 0.0) -> optax.GradientTransformation:
     """Optax's Muon, told which leaves are kernels; decay is of these."""
     return optax.contrib.muon(
-        rate, weight_decay=decay, muon_weight_dimension_numbers=_matrices(layers)
+        rate, weight_decay=decay, muon_weight_dimension_numbers=matrices(layers)
     )
 
 
@@ -74,7 +73,7 @@ def _muon_matched(rate: Any, layers: Layers) -> optax.GradientTransformation:
         optax.partition(
             {
                 "kernel": optax.contrib.scale_by_muon(
-                    beta=MOMENTUM, weight_dimension_numbers=_matrices(layers)
+                    beta=MOMENTUM, weight_dimension_numbers=matrices(layers)
                 ),
                 "embedding": optax.chain(momentum, unit_scale(axis=-1)),
                 "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
@@ -154,8 +153,6 @@ TRANSFERRED = (
     "unit_muon",
     "unit_muon_keep_norm",
 )
-# Those with orthogonal matrices, whose steps cost the cube of the width.
-ORTHOGONAL = tuple(name for name in CONTENDERS if "muon" in name)
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("adamw", "muon", "unit_scale", "unit_muon")
 

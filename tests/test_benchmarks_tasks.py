@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import math
 import pathlib
 import pydoc_data.topics
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from task_checks import TEXT, VISION, check_batches, check_results
 
 from benchmarks import tasks
 from benchmarks.models.gpt import GPT, GPTConfig
@@ -20,15 +20,11 @@ from benchmarks.tasks import language_modelling
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
-def test_a_batch_is_a_function_of_seed_and_step(name):
-    batch = tasks.load(name).batch
-    which = ((3, 5), (3, 5), (3, 6), (4, 5))
-    first, again, *others = (jax.tree.leaves(batch(*x, 6)) for x in which)
-    for array, same in zip(first, again, strict=True):
-        assert len(array) == 6
-        np.testing.assert_array_equal(array, same)
-    assert not any(np.array_equal(first[0], other[0]) for other in others)
+def test_batches_and_data_are_those_of_the_results():
+    check_batches("language_modelling")
+    check_results("language_modelling")
+    # The others are checked where their data are read.
+    assert set(tasks.TASKS) == {*TEXT, *VISION, "language_modelling", "finetune"}
 
 
 def test_where_an_accelerator_is_at_hand_the_language_model_is_larger_and_trains_for_longer():
@@ -75,17 +71,6 @@ def test_a_module_in_the_folder_is_a_task():
     assert set(tasks.TASKS) == files
     modules = [importlib.import_module(f"benchmarks.tasks.{name}") for name in files]
     assert all(callable(module.load) for module in modules)
-
-
-SWEEPS = pathlib.Path(__file__).parents[1] / "benchmarks/results/cpu-2-cores/compare"
-
-
-@pytest.mark.parametrize("name", [x for x in tasks.TASKS if x != "finetune"])
-def test_the_data_are_those_that_compare_was_run_on_and_its_best_rates_are_those_of_train(name):
-    first = json.loads((SWEEPS / f"{name}.jsonl").read_text().partition("\n")[0])
-    assert tasks.load(name).fingerprint == first["data_sha256"]
-    assert {"sgd", "clip", "adamw", "muon", "unit_scale"} <= set(tasks.tuned(name))
-    assert not tasks.tuned("finetune")
 
 
 @pytest.mark.parametrize(("higher", "lower"), [(2.0, 1.0), (math.inf, 1.0)])

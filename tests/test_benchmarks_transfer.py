@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from benchmarks import __main__
-from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, ORTHOGONAL, TRANSFERRED
-from benchmarks.sweep import session, sizes
+from benchmarks.optimizers import BASE_FAN_IN, CONTENDERS, TRANSFERRED
+from benchmarks.sweep import sizes
 from benchmarks.sweep.search import SEEDS, find, rate_of
 from benchmarks.sweep.sizes import FAMILIES
 from benchmarks.sweep.trial import Trial
@@ -51,7 +51,7 @@ def test_rates_are_factors_of_root_two_apart():
 
 def test_the_best_rate_counts_only_where_every_seed_ran():
     def at(rate, seed, loss):
-        return Trial("sgd", rate, seed, [4.0, loss], [], {}, None, 0.5)
+        return Trial("sgd", rate, seed, [4.0, loss], {}, 0.5)
 
     trials = [at(0.1, 0, 1.0), at(0.1, 1, 3.0), at(0.2, 0, 1.5), at(0.2, 1, 1.7), at(0.4, 0, 0.1)]
     assert sizes.best(trials) == (0.2, 1.6, pytest.approx(0.2))
@@ -157,8 +157,7 @@ def test_a_size_that_no_member_has_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["transfer", "--family", "mlp_width", "--size", "7"])
     assert (
-        "--size: none has 7, expected one of mlp_width: 64, 256, 1024, 4096\n"
-        in capsys.readouterr().err
+        "--size: none has 7, expected one of mlp_width: 64, 256, 1024\n" in capsys.readouterr().err
     )
 
 
@@ -177,30 +176,6 @@ def test_the_table_says_how_far_a_rate_moves_and_where_it_ends():
         "| `adam` | 8.0, 3.12 | 2.0, 1.25 |",
         "| `muon` | - | 1.0, 0.3 (to 64) |",
     ]
-
-
-def test_what_costs_the_cube_of_the_width_is_left_out_where_nobody_asks_for_it(
-    tmp_path, capsys, monkeypatch
-):
-    ran = []
-    monkeypatch.setattr(
-        session.Sweep, "run", lambda _, todo, workers: ran.extend(x.job.title for x in todo)
-    )
-    command = ["transfer", "--family", "mlp_width", "--out", str(tmp_path), "--resume"]
-    (tmp_path / "mlp_width.jsonl").touch()
-    both = ["--size", "1024", "--size", "4096"]
-    assert __main__.main([*command, *both]) == 0
-    left = [name for name in TRANSFERRED if name in ORTHOGONAL]
-    assert set(ran) == {
-        f"{name} on mlp_width {size}"
-        for name in TRANSFERRED
-        for size in ((1024,) if name in left else (1024, 4096))
-    }
-    text = capsys.readouterr().out
-    assert all(f"left out on CPU but for --optimizer: {x} on mlp_width 4096" in text for x in left)
-    ran.clear()
-    assert __main__.main([*command, "--size", "4096", "--optimizer", left[0]]) == 0
-    assert ran == [f"{left[0]} on mlp_width 4096"]
 
 
 def test_every_optimizer_that_is_transferred_is_a_contender():

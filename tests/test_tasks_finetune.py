@@ -12,8 +12,9 @@ import optax
 import pytest
 from flax import nnx
 from oracle import epsilon
+from task_checks import check_batches
 
-from benchmarks import optimizers
+from benchmarks import optimizers, tasks
 from benchmarks.__main__ import main
 from benchmarks.models.bert import Bert, Classifier, Config, mean, restore
 from benchmarks.tasks import finetune
@@ -46,6 +47,11 @@ def checkpoint() -> minilm.Checkpoint:
 @pytest.fixture(scope="module")
 def model() -> Bert:
     return minilm.make()
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_no_sweep_found_its_rates():
+    check_batches("finetune")
+    assert not tasks.tuned("finetune")
 
 
 def forward(tensors: Tensors, config: Config, tokens: np.ndarray, kinds: np.ndarray):

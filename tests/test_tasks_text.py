@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from task_checks import TEXT, check_batches, check_results
 
 from benchmarks import data
 from benchmarks.__main__ import main
@@ -21,8 +22,17 @@ from benchmarks.tasks.shared.completion import END, PAD, SEPARATOR, Examples, Pa
 
 pytestmark = pytest.mark.slow
 
-NAMES = ["dialogue", "question_answering", "summarization", "translation"]
 SPLITS = ["train", "validation", "test"]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_batch_is_a_function_of_seed_and_step(name):
+    check_batches(name)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_data_are_those_that_compare_was_run_on_and_its_best_rates_are_those_of_train(name):
+    check_results(name)
 
 
 def disjoint(units: dict[str, set[str]]) -> bool:
@@ -137,7 +147,7 @@ def test_a_model_that_answers_every_question_alike_has_the_share_of_that_answer(
     assert task.sample(indifferent(task), 0).endswith(f"of always the same answer {majority:.1f} %")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXT)
 def test_a_short_run_ends_with_a_result_and_a_sample(name, tmp_path, capsys):
     options = ["--task", name, "--steps", "2", "--batch-size", "4", "--optimizer", "unit_scale"]
     assert main(["train", *options, "--out", str(tmp_path)]) == 0

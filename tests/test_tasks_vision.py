@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from task_checks import VISION, check_batches, check_results
 
 from benchmarks.__main__ import main
 from benchmarks.models.classifiers import MLP
@@ -28,6 +29,16 @@ pytestmark = pytest.mark.slow
 
 # Two apart, one across the border of the tile below.
 BOXES = np.array([[8.0, 16.0, 40.0, 40.0], [60.0, 50.0, 76.0, 90.0], [100.0, 0.0, 140.0, 30.0]])
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_batch_is_a_function_of_seed_and_step(name):
+    check_batches(name)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_the_data_are_those_that_compare_was_run_on_and_its_best_rates_are_those_of_train(name):
+    check_results(name)
 
 
 @pytest.mark.parametrize("source", [image_classification, vanishing])

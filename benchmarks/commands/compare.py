@@ -29,9 +29,8 @@ from benchmarks.sweep.trial import Trials
 from benchmarks.tasks import TASKS, Task
 
 PRESETS = {
-    "cpu": Plan(rates=7, seeds=3, length=1.0, batch_size=1),
-    "try": Plan(rates=3, seeds=1, length=0.1, batch_size=1),
-    "accelerator": Plan(rates=9, seeds=5, length=10.0, batch_size=4),
+    "cpu": Plan(rates=7, seeds=3, length=1.0),
+    "try": Plan(rates=3, seeds=1, length=0.1),
 }
 # All but a run that takes minutes each time.
 SWEPT = tuple(name for name in TASKS if name != "finetune")
@@ -43,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--optimizer", "an optimizer to compare", several="all", choices=COMPARED)
     what = (
         "cpu: 7 learning rates and 3 seeds, four hours on two cores; try: 3 and 1 and a tenth of "
-        "the steps, to see it work; accelerator: 9 and 5, ten times the steps and four times the "
-        "batch"
+        "the steps, to see it work"
     )
     add(parser, "--preset", what, default="cpu", choices=tuple(PRESETS))
     session.add_arguments(parser)
@@ -92,7 +90,7 @@ def about(name: str, task: Task, plan: Plan) -> dict[str, Any]:
         "target": task.target,
         "data_sha256": task.fingerprint,
         "steps": plan.steps(task),
-        "batch_size": task.batch_size * plan.batch_size,
+        "batch_size": task.batch_size,
         "plan": plan._asdict(),
     }
 
@@ -100,5 +98,5 @@ def about(name: str, task: Task, plan: Plan) -> dict[str, Any]:
 def work(name: str, optimizer: str, plan: Plan, remember: Remember) -> None:
     """Runs all trials of one optimizer on one task, given their names."""
     task = tasks.load(name)
-    trials = Trials(task, optimizer, plan.steps(task), task.batch_size * plan.batch_size)
+    trials = Trials(task, optimizer, plan.steps(task), task.batch_size)
     tune(remember(trials), task, CONTENDERS[optimizer], plan)

@@ -65,11 +65,9 @@ def run(options: argparse.Namespace) -> int:
 def _table(topology: str, rows: dict[str, dict[str, Any]]) -> Table:
     lines = []
     for method, row in rows.items():
-        kinds = row["collectives"].items()
-        used = "\n".join(f"{n} {kind.removeprefix('collective-')}" for kind, n in kinds)
+        used = "\n".join(f"{n} {kind}" for kind, n in row["collectives"].items())
         sizes = [filesize.decimal(row[f"{name}_bytes"]) for name in ("wire", "temporary")]
-        products = "-" if row["products"] is None else f"{row['products']:.2f}"
-        figures = [products, f"{row['reads']:.2f}", f"{row['compile_seconds']:.1f}"]
+        figures = [str(row[x]) for x in ("products", "reads", "compile_seconds")]
         lines.append([method.removeprefix("optax."), used or "none", *sizes, *figures])
     first = next(iter(rows.values()))
     size = filesize.decimal(first["gradient_bytes"])

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -40,11 +39,6 @@ METHODS: dict[str, Callable[[jax.Array], Any]] = {
     "x / norm(x)": lambda x: x / jnp.linalg.norm(x),
     "x / (norm(x) + 1e-8)": lambda x: x / (jnp.linalg.norm(x) + 1e-8),
 }
-# Ours lies beneath the others, wide, for near 1 they all meet.
-STYLES: list[dict[str, Any]] = [
-    {"color": show.color("unit_scale"), "linewidth": 6, "alpha": 0.45},
-    *({"color": show.color(""), "linewidth": 0.8, "marker": x, "markersize": 4} for x in "osx^"),
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,22 +80,30 @@ def measure(dtype: str) -> Norms:
     return {"elements": elements, **norms}
 
 
-def extents(norms: Mapping[str, Any]) -> list[list[str]]:
-    """A row a dtype: over which magnitudes the norm of each method is 1 within 1 %.
+def spans(norms: Mapping[str, Norms]) -> dict[str, dict[str, tuple[float, float] | None]]:
+    """By dtype and method the magnitudes from which to which the norm is 1 within 1 %.
 
-    Of each the ends of the longest run of them, as "1e-18 to 1e+17".
+    Of each the ends of the longest run of them; None where there is none.
     """
 
-    def extent(elements: Sequence[float], values: Sequence[float]) -> str:
+    def span(elements: Sequence[float], values: Sequence[Any]) -> tuple[float, float] | None:
         pairs = zip(elements, map(float, values), strict=True)
         runs = itertools.groupby(pairs, lambda pair: abs(pair[1] - 1) <= TOLERANCE)
         right = ([x for x, _ in own] for is_right, own in runs if is_right)
         longest = max(right, key=len, default=None)
-        return f"{longest[0]:.2g} to {longest[-1]:.2g}" if longest else "never"
+        return (longest[0], longest[-1]) if longest else None
 
-    return [
-        [dtype, *(extent(own["elements"], own[name]) for name in own if name != "elements")]
+    return {
+        dtype: {name: span(own["elements"], own[name]) for name in own if name != "elements"}
         for dtype, own in norms.items()
+    }
+
+
+def extents(norms: Mapping[str, Norms]) -> list[list[str]]:
+    """The same as text: a row a dtype, such as "1e-18 to 1e+17"."""
+    return [
+        [dtype, *(f"{x[0]:.2g} to {x[1]:.2g}" if x else "never" for x in own.values())]
+        for dtype, own in spans(norms).items()
     ]
 
 
@@ -115,45 +117,29 @@ def _norm(result: jax.Array) -> float | str:
 
 
 def plot(norms: Mapping[str, Norms]) -> Figure:
-    """Norm of the result against magnitude, log-log, with rows for 0, infinity and NaN."""
-    figure, panels = show.panels(len(norms), 2, (5.5, 3.3))
+    """Bars over the magnitudes with norm 1, and beside them the norm at the ends of the range."""
+    figure, panels = show.panels(len(norms), 2, (5.5, 2.1), sharey=True)
+    found = spans(norms)
     for axes, (dtype, columns) in zip(panels, norms.items(), strict=True):
-        _panel(axes, dtype, columns)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        # Matplotlib's own log axis overflows at float64's ends.
+        powers = np.log10(columns["elements"])
+        normal = np.log10(float(jnp.finfo(dtype).tiny))
+        first = int(np.argmax(powers >= normal))
+        for row, name in enumerate(METHODS):
+            color, (low, high) = show.color(name), np.log10(found[dtype][name] or (1, 1))
+            axes.barh(row, high - low, 0.6, low, color=color)
+            for end, at, side in ((first, low, "right"), (-1, high, "left")):
+                norm = float(columns[name][end])
+                if not abs(norm - 1) <= TOLERANCE:
+                    axes.text(at, row, f" {norm:.2g} ", color=color, ha=side, va="center")
+        axes.axvspan(powers[0], normal, color="moccasin", zorder=0)
+        axes.set(title=dtype, xlabel="magnitude of each element", xlim=powers[[0, -1]])
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$" if power else "1")
+    panels[0].set_yticks(range(len(METHODS)), METHODS)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"Bars: where the norm is 1, {show.LEGEND}. Beside them: the norm at the least normal\n"
+        "number and at the largest. Shaded: subnormal numbers, which XLA makes 0 in all but float16"
+    )
     return figure
-
-
-def _panel(axes: Axes, dtype: str, columns: Norms) -> None:
-    # Matplotlib's own log axis overflows at float64's ends.
-    powers = np.log10(columns["elements"])
-    drawn = np.array([columns[name] for name in METHODS], float)
-    logs = np.log10(drawn[np.isfinite(drawn) & (drawn > 0)])
-    low, high = math.floor(logs.min()), max(1, math.ceil(logs.max()))
-    row = (high - low) / 6
-    rows = {"0": low - row, "inf": high + row, "NaN": high + 2 * row}
-    for middle in rows.values():
-        axes.axhspan(middle - row / 2, middle + row / 2, color="0.93", ec="0.7", zorder=0)
-    for lane, (name, norms, style) in enumerate(zip(METHODS, drawn, STYLES, strict=True)):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            heights = np.log10(norms)
-        # In a row each method has a lane of its own, for there they would hide each other.
-        for label, there in (("0", norms == 0), ("inf", np.isinf(norms)), ("NaN", np.isnan(norms))):
-            heights[there] = rows[label] + row * (2 - lane) / 6
-        axes.plot(powers, heights, label=name, markevery=max(2, len(powers) // 40), **style)
-    normal = np.log10(float(jnp.finfo(dtype).tiny))
-    axes.axvspan(powers[0], normal, color="moccasin", zorder=0, label="subnormal elements")
-    ticks = {_decade(d): d for d in [*_decades(low, high), 0]} | rows
-    axes.set_yticks(list(ticks.values()), list(ticks))
-    decades = _decades(powers[0], powers[-1])
-    axes.set_xticks(decades, map(_decade, decades))
-    axes.set(title=dtype, xlabel="each element", ylabel="norm of the result")
-    axes.set(xlim=powers[[0, -1]], ylim=(rows["0"] - row / 2, rows["NaN"] + row / 2))
-
-
-def _decades(low: float, high: float) -> list[float]:
-    return [d for d in MaxNLocator(6, integer=True).tick_values(low, high) if low <= d <= high]
-
-
-def _decade(power: float) -> str:
-    return f"$10^{{{power:.0f}}}$" if power else "1"

@@ -51,10 +51,7 @@ def run(options: argparse.Namespace) -> None:
             runs.write(out / "speed.json", {**about, "results": results})
             bar.advance(row)
     if about["load"] > 0.5:
-        console.print(
-            f"The machine was busy before the run (load {about['load']} on {about['cores']} "
-            "cores): close other programs and run again."
-        )
+        console.print(f"The machine was busy before the run (load {about['load']}): run it again.")
     for table in report.tables(results):
         console.print(table)
     if alone := results.get("transformation"):

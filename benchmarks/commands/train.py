@@ -72,9 +72,7 @@ def run(options: argparse.Namespace) -> None:
         for config in configs:
             row = bar.add_task(config.optimizer, total=config.steps, now="")
             for step, loss in loop.train(config, task, log, options.checkpoint_every):
-                rate = config.batch_size * task.tokens * (bar.tasks[row].speed or 0.0)
-                now = f"loss {loss:.3f} {rate:,.0f} {task.unit}/s"
-                bar.update(row, completed=step, now=now)
+                bar.update(row, completed=step, now=f"loss {loss:.3f}")
             bar.update(row, completed=config.steps)
     _show(console, log, names, task)
 

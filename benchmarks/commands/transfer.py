@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 
 from benchmarks import show
 from benchmarks.arguments import UsageError, add, count
-from benchmarks.optimizers import CONTENDERS, ORTHOGONAL, TRANSFERRED
+from benchmarks.optimizers import CONTENDERS, TRANSFERRED
 from benchmarks.runs import Log
 from benchmarks.sweep import session
 from benchmarks.sweep.jobs import Job, Remember
@@ -23,7 +23,7 @@ from benchmarks.sweep.sizes import FAMILIES, Best, best, moves, plot_losses
 from benchmarks.sweep.trial import Trials
 
 # How many times the steps.
-PRESETS = {"cpu": 1.0, "try": 0.2, "accelerator": 10.0}
+PRESETS = {"cpu": 1.0, "try": 0.2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--size N", "one of a family's sizes", count(), several="all")
     what = (
         "cpu: about three hours on two cores; try: a fifth of the steps (except where "
-        "steps are what varies), as a quick check; accelerator: larger models and ten times the "
-        "steps"
+        "steps are what varies), as a quick check"
     )
     add(parser, "--preset", what, default="cpu", choices=tuple(PRESETS))
     session.add_arguments(parser)
@@ -69,8 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _sizes(options: argparse.Namespace) -> dict[str, list[int]]:
     """The sizes of each family that were asked for; families without any are left out."""
-    which = "large" if options.preset == "accelerator" else "sizes"
-    every = {name: getattr(FAMILIES[name], which) for name in options.family or FAMILIES}
+    every = {name: FAMILIES[name].sizes for name in options.family or FAMILIES}
     for size in options.size or ():
         if not any(size in sizes for sizes in every.values()):
             choices = "; ".join(f"{name}: {', '.join(map(str, x))}" for name, x in every.items())
@@ -88,20 +86,16 @@ def _todo(
     length: float,
     sweep: session.Sweep,
 ) -> Iterator[session.Todo]:
-    """What to run, but for what takes hours and nobody asked for."""
+    """What to run."""
     optimizers = dict.fromkeys(options.optimizer or TRANSFERRED)
     for name, log in sweep.logs.items():
         for size, optimizer in itertools.product(sizes[name], optimizers):
-            title = f"{optimizer} on {name} {size}"
-            is_small = options.preset == "accelerator" or size <= FAMILIES[name].orthogonal
-            if optimizer in ORTHOGONAL and not is_small and not options.optimizer:
-                sweep.console.print(f"left out on CPU but for --optimizer: {title}")
-                continue
             do = functools.partial(work, name, size, optimizer, length)
             done = session.trials(log, size=size, optimizer=optimizer)
             # How many it takes shows on the way; one that is complete finds that out at once.
             total = max(TRIALS, len(done) + 1)
-            yield session.Todo(Job(title, do, done), log, total, {"size": size})
+            job = Job(f"{optimizer} on {name} {size}", do, done)
+            yield session.Todo(job, log, total, {"size": size})
 
 
 def _found(log: Log) -> dict[str, dict[int, Best]]:

@@ -22,20 +22,12 @@ from benchmarks.lowering.programs import (
 )
 from benchmarks.lowering.topologies import TOPOLOGIES, make_mesh
 from benchmarks.models.gpt import GPT, GPTConfig
+from benchmarks.optimizers import matrices
 from benchmarks.timing.methods import SCOPES
-from optax_unitscale import Layer, layers_of, orthogonalize, unit_scale
+from optax_unitscale import layers_of, orthogonalize, unit_scale
 
 # 3.8 billion parameters in 54 leaves.
 CONFIG = GPTConfig(vocabulary=32768, context=4096, depth=4, heads=64, width=8192)
-
-
-def _matrices(tree: Any) -> Any:
-    """The axes of every kernel as a matrix, those of attention too."""
-
-    def numbers(layer: Layer) -> optax.contrib.MuonDimensionNumbers:
-        return optax.contrib.MuonDimensionNumbers(layer.inputs, layer.outputs)
-
-    return layers_of(tree).map(numbers, tree)
 
 
 def _are_kernels(tree: Any) -> Any:
@@ -43,16 +35,19 @@ def _are_kernels(tree: Any) -> Any:
 
 
 METHODS: dict[str, optax.GradientTransformation] = {
-    "x * rsqrt(sum(x * x))": SCOPES["leaf"]["x * rsqrt(sum(x * x))"].change,
+    "x * rsqrt(sum(x * x))": SCOPES["leaf"]["x * rsqrt(sum(x * x))"],
     "unit_scale()": unit_scale(),
-    "x * rsqrt(sum of all x * x)": SCOPES["global"]["x * rsqrt(sum of all x * x)"].change,
+    "x * rsqrt(sum of all x * x)": SCOPES["global"]["x * rsqrt(sum of all x * x)"],
     'unit_scale(scope="global")': unit_scale(scope="global"),
     "optax.normalize_by_update_norm()": optax.normalize_by_update_norm(),
     "optax.clip_by_global_norm(1)": optax.clip_by_global_norm(1.0),
     "optax.adaptive_grad_clip(0.01)": optax.adaptive_grad_clip(0.01),
     "optax.contrib.muon(0.02)": optax.contrib.muon(0.02),
     "optax.contrib.scale_by_muon(beta=0)": optax.masked(
-        optax.contrib.scale_by_muon(beta=0.0, weight_dimension_numbers=_matrices), _are_kernels
+        optax.contrib.scale_by_muon(
+            beta=0.0, weight_dimension_numbers=lambda tree: matrices(layers_of(tree))(tree)
+        ),
+        _are_kernels,
     ),
     "orthogonalize()": orthogonalize(),
 }

@@ -25,13 +25,12 @@ class Plan(NamedTuple):
     """How much `compare` spends on each optimizer.
 
     So many learning rates with seed 0, the contender's weight decays at the best, then so many
-    seeds at the best of all; `length` times a task's steps, and `batch_size` times its batch size.
+    seeds at the best of all; `length` times a task's steps.
     """
 
     rates: int
     seeds: int
     length: float
-    batch_size: int
 
     def steps(self, task: Task) -> int:
         """Of one run."""

@@ -33,12 +33,8 @@ class Family(NamedTuple):
     """Models, or runs, that differ in one size."""
 
     what: str  # The size counts.
-    sizes: tuple[int, ...]  # On CPU.
-    large: tuple[int, ...]  # On an accelerator.
+    sizes: tuple[int, ...]
     member: Callable[[int, float], Member]  # From a size and how many times the steps.
-    # On CPU the largest size for those of `ORTHOGONAL`, whose steps cost the cube of the width,
-    # unless they are asked for.
-    orthogonal: float = math.inf
 
 
 def _gpt(steps: float, width: int = 64, depth: int = 2, batch_size: int = 8) -> Member:
@@ -64,33 +60,26 @@ FAMILIES = {
     "gpt_width": Family(
         "width of a GPT, 2 blocks",
         (32, 64, 128, 256, 512),
-        (128, 256, 512, 1024, 2048),
         lambda size, length: _gpt(200 * length, width=size),
     ),
     "gpt_depth": Family(
         "blocks of a GPT of width 64",
         (2, 4, 8, 16),
-        (2, 4, 8, 16, 32),
         lambda size, length: _gpt(200 * length, depth=size),
     ),
     "mlp_width": Family(
         "width of an MLP on digits, 3 hidden layers",
-        (64, 256, 1024, 4096),
-        (64, 256, 1024, 4096, 16384),
+        (64, 256, 1024),
         lambda size, length: _mlp(60 * length, size),
-        # At 4096 a step takes 40 s on one core, and all of them eight hours.
-        orthogonal=1024,
     ),
     "gpt_batch": Family(
         "sequences in a batch of a GPT of width 64",
         (4, 16, 64),
-        (8, 32, 128, 512),
         lambda size, length: _gpt(200 * length, batch_size=size),
     ),
     "gpt_steps": Family(
         "steps of a GPT of width 64",
         (100, 400, 1600),
-        (1000, 4000, 16000),
         # The size is the length.
         lambda size, _: _gpt(size),
     ),

@@ -24,7 +24,6 @@ class Standing(NamedTuple):
     optimizer: str
     learning_rate: float  # The best of those tried, by the final validation metric with seed 0.
     decay: float | None  # The best of those tried at this rate, None for the default.
-    at_edge: bool  # Whether the rate was the least or the greatest of those tried.
     test: list[float | None]  # The final test metric at that rate, of each further seed.
     mean: float | None  # Of these.
     gap: float | None  # The training metric minus the test metric, mean over the seeds.
@@ -54,7 +53,6 @@ def _standing(
     found = best(tuning, task)
     seeds = [t for t in seeds if t.setting == found.setting]
     tuning = [t for t in tuning if t.decay is None]
-    rates = sorted(trial.learning_rate for trial in tuning)
     values = {split: [trial.results[split] for trial in seeds] for split in SPLITS}
     pairs = zip(values["train"], values["test"], strict=True)
     gaps = [x - y for x, y in pairs if x is not None and y is not None]
@@ -63,7 +61,6 @@ def _standing(
         optimizer=name,
         learning_rate=found.learning_rate,
         decay=found.decay,
-        at_edge=len(rates) > 1 and found.learning_rate in (rates[0], rates[-1]),
         test=values["test"],
         mean=_mean(values["test"]),
         gap=_mean(gaps),

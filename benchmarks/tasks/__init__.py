@@ -37,8 +37,6 @@ class Task:
     fingerprint: str  # The SHA-256 of the data, hexadecimal.
     steps: int  # Of training, unless the user says otherwise, as the batch size.
     batch_size: int
-    tokens: int  # How many of `unit`, such as "images", one example holds, for the throughput.
-    unit: str
     model: Callable[[int], nnx.Module]  # From a seed.
     batch: Callable[..., Any]
     loss: Callable[[Any, Any], jax.Array]  # Of a model on a batch.

@@ -29,7 +29,6 @@ def load() -> Task:
     return make_task(
         encode,
         model=lambda seed: Classifier(minilm.make(), TRAINED, nnx.Rngs(seed)),
-        tokens=LENGTH,
         # Two points more than always yes has of the validation examples that are evaluated.
         target=66.5,
         steps=150,

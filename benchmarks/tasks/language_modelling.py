@@ -42,7 +42,6 @@ def load() -> Task:
         fingerprint=data.fingerprint(splits().values()),
         steps=1200,
         batch_size=8,
-        unit="tokens",
         **_sized(CONFIG),
         loss=_loss,
         evaluate=_evaluate,
@@ -54,7 +53,6 @@ def load() -> Task:
 def _sized(config: GPTConfig) -> dict[str, Any]:
     """What depends on the model."""
     return {
-        "tokens": config.context,
         "model": lambda seed: GPT(config, nnx.Rngs(seed)),
         "batch": functools.partial(_batch, config.context),
     }

@@ -87,8 +87,6 @@ def load() -> Task:
         fingerprint=data.fingerprint(array for photograph in photographs for array in photograph),
         steps=800,
         batch_size=8,
-        tokens=1,
-        unit="tiles",
         model=lambda seed: Detector(WIDTH, nnx.Rngs(seed)),
         batch=_batch,
         loss=_loss,

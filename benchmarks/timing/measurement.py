@@ -30,21 +30,18 @@ class Arrays:
     def __init__(self, donated: Any, kept: Any = None):
         self.donated, self.kept = donated, kept
 
-    def timed(
-        self, name: str, scope: str, function: Callable[..., Any], needs_kept: bool = False
-    ) -> Timed:
+    def timed(self, name: str, scope: str, function: Callable[..., Any]) -> Timed:
         """Of `(donated, kept) -> (donated, other results)`, compiled."""
-        kept = self.kept if needs_kept else None
-        program, facts = compile_function(function, self.donated, kept, donate=0)
+        program, facts = compile_function(function, self.donated, self.kept, donate=(0,))
 
         def call() -> None:
-            self.donated, _ = jax.block_until_ready(program(self.donated, kept))
+            self.donated, _ = jax.block_until_ready(program(self.donated, self.kept))
 
         return Timed(name, scope, call, facts)
 
 
 def compile_function(
-    function: Callable[..., Any], *arguments: Any, donate: int | tuple[int, ...] = ()
+    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> tuple[Callable[..., Any], Row]:
     """A compiled function, and what it took: seconds, and bytes beyond those of its arguments."""
     start = time.perf_counter()

@@ -23,7 +23,6 @@ from optax_unitscale.orthogonal import orthogonalize
 PARTS = {
     "transformation": "every method alone on the gradients of GPTs, beside the ceilings",
     "training": "a GPT's training step",
-    "eager": "calls without jax.jit on 150 leaves",
     "leaves": "4 M parameters in more and more leaves, run and compiled",
     "orthogonal": "orthogonalize beside Optax's on the kernels of transformers",
 }
@@ -36,7 +35,6 @@ TRAINED = {
     "unit_scale(), sgd": unit_scale(),
     'unit_scale(scope="global"), sgd': unit_scale(scope="global"),
 }
-EAGER_LEAVES = 150
 LEAVES = (10, 30, 100, 300, 1000)
 # Blocks and their width.
 SIZES = ((12, 256), (48, 64))
@@ -85,7 +83,6 @@ def plan(
     every = {
         "transformation": (_transformation, both),
         "training": (_training, [(trained, dtypes[0])]),
-        "eager": (_eager, [()]),
         "leaves": (_leaves, [(count,) for count in LEAVES]),
         "orthogonal": (_orthogonal, SIZES),
     }
@@ -108,18 +105,17 @@ def _about(model: str, dtype: str) -> tuple[Row, Any]:
     return {"model": model, "dtype": dtype, "parameters": size, "leaves": count}, shapes
 
 
-def _only(change: optax.GradientTransformation) -> Callable[[Any, Any], tuple[Any, None]]:
-    return lambda updates, params: (change.update(updates, change.init(updates), params)[0], None)
+def _only(change: optax.GradientTransformation) -> Callable[[Any, None], tuple[Any, None]]:
+    return lambda updates, _: (change.update(updates, change.init(updates))[0], None)
 
 
 def _transformation(model: str, dtype: str) -> Comparison:
     """Every method of every scope."""
     about, shapes = _about(model, dtype)
-    arrays = Arrays(trees.fill(shapes), trees.fill(shapes, 1))
+    arrays = Arrays(trees.fill(shapes))
     contenders = _ceilings(arrays)
     for scope, methods in SCOPES.items():
-        for name, (change, needs_params) in methods.items():
-            contenders.append(arrays.timed(name, scope, _only(change), needs_params))
+        contenders += [arrays.timed(name, scope, _only(x)) for name, x in methods.items()]
     return about, contenders
 
 
@@ -153,25 +149,12 @@ def _training(model: str, dtype: str) -> Comparison:
             updates, _ = optimizer.update(gradient, optimizer.init(params), params)
             return optax.apply_updates(params, updates), value
 
-        contenders.append(arrays.timed(name, "training", train, needs_kept=True))
+        contenders.append(arrays.timed(name, "training", train))
     about, shapes = _about(model, dtype)
     alone = Arrays(trees.fill(shapes))
     for name, change in (("", unit_scale()), ('scope="global"', unit_scale(scope="global"))):
         contenders.append(alone.timed(f"unit_scale({name}) alone", "training", _only(change)))
     return {"tokens": SEQUENCES * config.context, **about}, contenders
-
-
-def _eager() -> Comparison:
-    """Calls without `jax.jit` on leaves of 4096 elements; nothing is donated."""
-    updates = [jnp.ones((64, 64)) * (1 + i) for i in range(EAGER_LEAVES)]
-
-    def call_of(change: optax.GradientTransformation) -> Callable[[], None]:
-        state = change.init(updates)
-        return lambda: jax.block_until_ready(change.update(updates, state)[0])
-
-    names = dict.fromkeys(("optax.normalize_by_update_norm()", *SCALING))
-    about = {"leaves": EAGER_LEAVES, "parameters": trees.parameters(updates)}
-    return about, [Timed(name, "eager", call_of(SCALING[name][1])) for name in names]
 
 
 def _leaves(count: int) -> Comparison:

@@ -32,11 +32,11 @@ def leaves(count: int, total: int = 4_000_000) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shapes[i % 4], jnp.dtype("float32")) for i in range(count)]
 
 
-def fill(shapes: Any, seed: int = 0) -> Any:
+def fill(shapes: Any) -> Any:
     """Arrays of normally distributed numbers, the same ones in every leaf."""
     largest = max(x.size for x in jax.tree.leaves(shapes))
     # To draw hundreds of millions of numbers would take longer than to time them.
-    numbers = np.random.default_rng(seed).standard_normal(largest, dtype=np.float32)
+    numbers = np.random.default_rng(0).standard_normal(largest, dtype=np.float32)
     return jax.tree.map(
         lambda x: jnp.array(numbers[: x.size].reshape(x.shape), dtype=x.dtype), shapes
     )

@@ -26,8 +26,7 @@ GRAPH, PARAMS = nnx.split(nnx.eval_shape(lambda: GPT(CONFIG, nnx.Rngs(0))), nnx.
 SPLIT = sum(x.ndim > 1 for x in jax.tree.leaves(PARAMS))
 VECTOR_BYTES = sum(4 * x.size for x in jax.tree.leaves(PARAMS) if x.ndim == 1)
 FIRST = {
-    "leaf": unit_scale(),
-    "global": unit_scale(scope="global"),
+    "once": unit_scale(),
     "twice": optax.chain(unit_scale("linf"), unit_scale()),
     "nothing": optax.identity(),
 }
@@ -88,9 +87,8 @@ def others(found: list[Collective]) -> collections.Counter[str]:
 
 # On GPU the sums travel in an all-reduce that is there without them.
 @pytest.mark.parametrize(("platform", "more"), [("TPU v5e, 256 chips", 1), ("H100, 256 GPUs", 0)])
-@pytest.mark.parametrize("scope", ["leaf", "global"])
-def test_unit_scale_adds_one_all_reduce_at_most_and_three_numbers_a_leaf(platform, more, scope):
-    ours, plain = sent(platform, scope), sent(platform, "nothing")
+def test_unit_scale_adds_one_all_reduce_at_most_and_three_numbers_a_leaf(platform, more):
+    ours, plain = sent(platform, "once"), sent(platform, "nothing")
     assert len(reductions(ours)) - len(reductions(plain)) == more
     assert others(ours) <= others(plain)
     # The vectors' gradients are summed over the devices, as is the loss; with them go the sums.

@@ -183,8 +183,8 @@ def test_donated_gradients_are_overwritten_by_their_updates(topology, method):
     assert memory.alias_size_in_bytes == memory.argument_size_in_bytes > 5e6
 
 
-# 1.7 GB, of which a TPU holds 2**27 bytes on the chip; XLA counts what it uses there as temporary.
-LARGE = GPTConfig(vocabulary=8192, context=2048, depth=7, heads=16, width=2048)
+# 2.0 GB, of which a TPU holds 2**27 bytes on the chip; XLA counts what it uses there as temporary.
+LARGE = GPTConfig(vocabulary=8192, context=2048, depth=2, heads=32, width=4096)
 ONE_CHIP = {
     "v5e": (Topology("tpu", "v5e:2x2", 1, 1), 2**27 + 2**22),
     "v6e": (Topology("tpu", "v6e:2x2", 1, 1), 2**27 + 2**22),

@@ -55,7 +55,7 @@ def make_task(encode: Callable[[list[Example]], tuple[np.ndarray, ...]], **field
         name: classification.Examples(encode(part), np.array([x.yes for x in part], np.int32))
         for name, part in splits().items()
     }
-    return classification.make_task(examples, _answers, unit="tokens", **fields)
+    return classification.make_task(examples, _answers, **fields)
 
 
 def _answers(predicted: np.ndarray, seed: int) -> str:

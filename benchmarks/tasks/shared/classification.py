@@ -99,4 +99,4 @@ def make_image_task(splits: Mapping[str, Examples], **fields: Any) -> Task:
         lines = (f"{name:<12}{' '.join(map(str, row))}".rstrip() for name, row in rows.items())
         return "\n".join(lines)
 
-    return make_task(splits, show, tokens=1, unit="images", **fields)
+    return make_task(splits, show, **fields)

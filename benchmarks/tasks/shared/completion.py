@@ -144,8 +144,6 @@ def make_task(
         fingerprint=data.fingerprint(jax.tree.leaves(list(pairs.examples.values()))),
         steps=600,
         batch_size=16,
-        tokens=pairs.context,
-        unit="tokens",
         model=lambda seed: GPT(config, nnx.Rngs(seed)),
         batch=lambda *where: draw(pairs.examples["train"], *where),
         loss=loss,
