@@ -1,8 +1,8 @@
 """The norm that some leaves share, and the division by it, accurate over the range of a dtype.
 
 A float32 sum of n squares holds norms from about sqrt(n) * 2**-51 to 2**60. Outside that range the
-sum is taken of the elements times a power of two. There are three ways to the same number (a
-maximum needs none of them, but for complex numbers):
+sum is taken of the elements times a power of two. There are three ways to the same number
+(the linf norm of real leaves needs none of them):
 
 - On GPU and TPU, one pass takes the sum at three scales (Blue 1978). The pass waits for memory
   anyway, so the two more sums are free.
@@ -33,7 +33,7 @@ class Reduction(NamedTuple):
     mesh_axes: tuple[Hashable, ...] | None
 
     def kept(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Of one value for each axis, such as a shape, those of the axes that are kept."""
+        """The values of the kept axes, from one value for each axis, such as a shape."""
         return tuple(value for axis, value in enumerate(values) if axis not in self.axes)
 
 
@@ -84,9 +84,10 @@ def divide(
 ) -> jax.Array:
     """A leaf over its norm, rounded once to the leaf's dtype; 0 / 0 is 0.
 
-    `times` is a factor for all norms or for each, by which the quotient is multiplied.
+    `times`: a factor on the quotient, a scalar or one for each norm.
     """
-    # An infinite norm has infinite elements: NaN shows in all of the group, 0 would hide it.
+    # Infinite elements give an infinite norm. NaN shows that in the whole group; 0, which is any
+    # finite element over infinity, would hide it.
     norm = norm._replace(value=jnp.where(jnp.isinf(norm.value), jnp.nan, norm.value))
     factor = None
     if times is not None:
@@ -100,7 +101,7 @@ def divide(
 
 
 def _absorb_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
-    """Divides the norm by a factor above 1, and returns what is left of the factor: at most 1.
+    """Moves the part of a factor above 1 into the norm; returns the rest, which is at most 1.
 
     A quotient by the norm itself can be 0 where its product with a large factor is not.
     """
@@ -115,7 +116,7 @@ def _absorb_large(norm: Norm, times: jax.Array) -> tuple[Norm, jax.Array]:
 def _quotient(x: jax.Array, value: jax.Array, root: jax.Array) -> jax.Array:
     is_zero = value == 0
     divisor = jnp.where(is_zero, jnp.ones_like(value), value)
-    if x.size == value.size:  # Each element has its own norm. x * (1 / |x|) need not be exactly 1.
+    if x.size == value.size:  # One element for each norm: x * (1 / |x|) need not be exactly 1.
         return jnp.where(is_zero, 0 * x, x * root / _opaque(divisor / root))
     return x * root * jnp.where(is_zero, 0 * divisor, root / divisor)
 
@@ -148,7 +149,10 @@ def _norm(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> No
 def _in_one_pass(
     kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array], one: float | None = None
 ) -> Norm:
-    """The norm where no scale is needed to take it. `one`: that scale, a constant but on CPU."""
+    """The linf norm of real leaves: no scale is needed to take it.
+
+    `one`: 1.0 where a constant scale is taken, None on CPU, where none is.
+    """
     plain = _scaled_norm(kind, over, leaves, one)
     root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
     return Norm(plain * root * root, root)
@@ -190,7 +194,7 @@ def _scaled_norm(
     root: jax.Array | float | None,
     dtype: np.dtype | None = None,
 ) -> jax.Array:
-    """The norm times root**2, by plain sums: it overflows or vanishes where they do."""
+    """The norm times root**2, by plain sums, which may overflow or vanish."""
     dtype = dtype or _accumulator(leaves)
     over_devices, over_leaves = (lax.pmax, jnp.max) if kind == "linf" else (lax.psum, jnp.sum)
     sums = []
@@ -201,7 +205,7 @@ def _scaled_norm(
         sums.append(over_devices(total, names) if names else total)
     # Without the barrier thousands of leaves are slow to compile.
     total = over_leaves(lax.optimization_barrier(jnp.stack(sums)), 0) if len(sums) > 1 else sums[0]
-    if kind == "linf":  # Of which `_sum` gives the bits.
+    if kind == "linf":  # `_sum` returned its bits, as integers.
         return lax.bitcast_convert_type(total, dtype)
     return jnp.sqrt(total) if kind == "l2" else total
 
@@ -210,7 +214,7 @@ def _scaled_norm(
 def _sum_at_constant(
     kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: float
 ) -> jax.Array:
-    """The sum over one leaf times a known power of two."""
+    """`_sum` of one leaf times a known power of two."""
     scale = np.asarray(root**2, dtype)
     parts = [_opaque(_opaque(part) * scale) for part in _real_parts(x, dtype)]
     return _sum(kind, parts, axes)
@@ -220,8 +224,8 @@ def _sum_at_constant(
 def _sum_at_array(
     kind: str, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype, root: jax.Array | None
 ) -> jax.Array:
-    """The sum over one leaf as it is, or times an array of powers of two."""
-    # A barrier in place of `_opaque`, which keeps XLA:CPU off its fast sums.
+    """`_sum` of one leaf as it is, or times an array of powers of two."""
+    # A barrier, because `_opaque` would keep XLA:CPU from its fast sums.
     x, root = lax.optimization_barrier((x, root))
     fours: tuple[int, ...] = ()
     if x.dtype.itemsize == 2 and dtype == np.float64:
@@ -230,8 +234,8 @@ def _sum_at_array(
     if root is not None:
         parts = [_times(part, root, axes) for part in parts]
     if kind == "linf":
-        # XLA:CPU holds the integers of `_sum` in memory. Its maximum of floats can lose NaN, which
-        # a sum does not; behind a barrier of its own each of the two is fused with its operand.
+        # XLA:CPU would write the integers of `_sum` to memory, and its maximum of floats can lose
+        # NaN. So a sum finds NaN; behind a barrier of its own each reduction is fused.
         total = _sum("l1", _real_parts(lax.optimization_barrier(x), dtype), axes)
         largest = jnp.max(jnp.abs(_complex_of(parts)), axes)
         return _bits(jnp.where(jnp.isnan(total), jnp.nan, largest))
@@ -261,6 +265,7 @@ def _by_fours(
 
 
 def _sum(kind: str, parts: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+    """The sum of squares or magnitudes, or for "linf" the bits of the largest magnitude."""
     if kind == "l2":
         return jnp.sum(functools.reduce(lax.add, [part * part for part in parts]), axes)
     magnitude = jnp.abs(_complex_of(parts))
@@ -314,7 +319,7 @@ def _times(x: jax.Array, root: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _opaque(x: jax.Array) -> jax.Array:
-    """Rounds to more bits than the dtype has, which changes nothing and which XLA keeps.
+    """Rounds to more bits than the dtype has: it changes nothing, and XLA does not remove it.
 
     XLA may rewrite products of constants: (c * y)**2 becomes c**2 * y**2, and c**2 can overflow
     where c * y does not.
@@ -327,8 +332,9 @@ def _opaque(x: jax.Array) -> jax.Array:
 
 def _sign(x: jax.Array) -> jax.Array:
     """Each element over its magnitude."""
-    if jnp.iscomplexobj(x):  # Its magnitude can overflow.
-        x = x * np.asarray(0.25, x.dtype)
+    if jnp.iscomplexobj(x):  # Its magnitude can overflow, and a quarter of it vanish.
+        is_large = jnp.maximum(jnp.abs(lax.real(x)), jnp.abs(lax.imag(x))) > 1
+        x = x * jnp.where(is_large, 0.25, 1.0).astype(x.dtype)
     return divide(x, Norm(jnp.abs(x), jnp.ones_like(jnp.abs(x))), ())
 
 

@@ -9,6 +9,8 @@ import oracle
 import pytest
 from common import NORMS, every_norm, sample, scaled
 
+from optax_unitscale import gradient_norms
+
 
 def slope(x: Any, v: Any, norm: str, step: float = 1e-6) -> np.ndarray:
     """The derivative along v of each row over its norm, by differences of NumPy's widest type."""
@@ -124,6 +126,14 @@ def test_the_derivative_of_the_largest_complex_number_is_finite():
     for seed in range(40):
         z = jnp.asarray(sample((3000,), "complex64", seed=seed))
         assert np.isfinite(np.asarray(gradient(z))).all()
+
+
+@pytest.mark.parametrize("size", [2e-38, 1.0, 3e38])
+def test_the_slope_of_a_complex_sum_of_magnitudes_is_the_same_at_any_magnitude(size):
+    z = jnp.full(3, size, jnp.complex64)
+    # Along one element of z the norm grows as that element does.
+    _, rise = jax.jvp(lambda z: gradient_norms([z], "l1")["0"], (z,), (jnp.ones_like(z),))
+    assert float(rise) == pytest.approx(3, rel=1e-6)
 
 
 def test_what_is_nearly_the_largest_has_no_part_in_the_derivative_of_the_largest():

@@ -9,7 +9,7 @@ from benchmarks.__main__ import main
 pytest.importorskip("libtpu", reason="needs the extra aot")
 pytest.importorskip("jax_cuda13_plugin", reason="needs the extra aot")
 
-TOPOLOGIES = ["H100, 8 GPUs", "H100, 256 GPUs"]
+TOPOLOGIES = ["H100, 256 GPUs"]
 METHODS = ["unit_scale()", "optax.clip_by_global_norm(1)"]
 
 
