@@ -85,6 +85,7 @@ def _compared(sweep: str, results: Any) -> dict[str, str]:
         f"{sweep}/means": mean_table(results).strip(),
         f"{sweep}/outcomes": outcomes("unit_muon"),
         f"{sweep}/untuned": outcomes("unit_muon_untuned"),
+        f"{sweep}/decay": outcomes("unit_muon_decay"),
         f"{sweep}/untuned/adamw": outcomes("unit_muon_untuned", "adamw"),
     }
     for name in means(results):

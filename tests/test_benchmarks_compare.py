@@ -186,11 +186,11 @@ def test_there_is_no_verdict_without_seeds_on_both_sides():
 
 def test_the_table_has_a_row_for_each_verdict_and_a_dash_for_what_was_left_out():
     task = result(unit_muon=[3.0, 4.0], adamw=[1.0, 2.0], sgd=[0.5, 1.0], clip=None)
-    untuned = result(unit_muon=[3.0], adamw=[1.0], unit_muon_untuned=None)
-    _, _, *rows = verdicts({"a_task": task, "b": untuned, "another": result()}).splitlines()
+    untuned = result(unit_muon_decay=[1.0], adamw=[1.0], unit_muon_untuned=None)
+    _, _, *rows = verdicts({"a_a": task, "b": untuned, "another": result()}).splitlines()
     assert rows == [
-        "| a task | points, higher is better | - | 3.5 (3 to 4) | `adamw` 1.5 (1 to 2) | better |",
-        "| b | points, higher is better | diverged | 3 (3 to 3) | `adamw` 1 (1 to 1) | better |",
+        "| a a | points, higher is better | `adamw` 1.5 (1 to 2) | - | 3.5 (3 to 4), better | - |",
+        "| b | points, higher is better | `adamw` 1 (1 to 1) | - | - | 1 (1 to 1), level |",
     ]
 
 

@@ -136,6 +136,12 @@ def test_the_slope_of_a_complex_sum_of_magnitudes_is_the_same_at_any_magnitude(s
     assert float(rise) == pytest.approx(3, rel=1e-6)
 
 
+def test_elements_that_tie_for_the_largest_share_its_slope():
+    x, v = jnp.array([1.0, -1.0, 0.5]), jnp.array([1.0, 0.0, 4.0])
+    _, rise = jax.jvp(lambda x: gradient_norms([x], "linf")["0"], (x,), (v,))
+    assert float(rise) == 0.5
+
+
 def test_what_is_nearly_the_largest_has_no_part_in_the_derivative_of_the_largest():
     x = jnp.array([1.0, 1 - 2.0**-22, 0.5, -1 + 3 * 2.0**-23])
     gradient = jax.grad(lambda x: scaled(x, "linf")[2])(x)

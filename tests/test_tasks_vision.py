@@ -20,7 +20,6 @@ from benchmarks.tasks.shared.detection import (
     cut,
     decode,
     encode,
-    hit,
     turn,
 )
 from optax_unitscale import gradient_norms
@@ -126,7 +125,6 @@ def test_ap_is_the_area_under_the_precision_at_101_recalls():
     assert average_precision([BOXES], [(found, np.array([0.9, 0.8, 0.7]))]) == pytest.approx(
         expected
     )
-    np.testing.assert_array_equal(hit(BOXES, found), [True, False, True])
     assert average_precision([BOXES], [(np.zeros((0, 4)), np.zeros(0))]) == 0
     # The same box twice is one right and one wrong.
     twice = np.stack([BOXES[0], BOXES[0]])
@@ -139,7 +137,6 @@ def test_a_box_must_overlap_by_half():
     for shift, expected in ((10.0, 100), (10.1, 0)):
         moved = box + np.array([shift, 0, shift, 0])
         assert average_precision([box], [(moved, np.array([0.5]))]) == pytest.approx(expected)
-        assert hit(box, moved).all() == (expected == 100)
 
 
 def test_a_detector_sees_a_tile_and_a_photograph_alike():
@@ -175,7 +172,7 @@ def test_gradients_explode():
     ("name", "shown"),
     [
         ("image_classification", "predicted"),
-        ("object_detection", "trees found"),
+        ("object_detection", "trees in test"),
         ("vanishing_4", "predicted"),
         ("exploding", "predicted"),
     ],

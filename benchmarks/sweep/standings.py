@@ -157,15 +157,19 @@ def judge(
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> str:
     """In Markdown, one row a task."""
-    heads = ["task", "metric", "`unit_muon` at 0.03", "tuned", "best without, tuned", "tuned it is"]
+    ours = {
+        "unit_muon_untuned": "`unit_muon` at 0.03",
+        "unit_muon": "rate tuned",
+        "unit_muon_decay": "rate and decay tuned",
+    }
     rows = []
     for name, result in results.items():
-        if verdict := judge(result):
-            places = {place["optimizer"]: place for place in result["standings"]}
-            rival = f"`{verdict.other['optimizer']}` {_spread(verdict.other)}"
-            own = _spread(places.get("unit_muon_untuned")), _spread(verdict.ours)
-            rows.append([name.replace("_", " "), _measure(result), *own, rival, verdict.outcome])
-    return show.markdown(heads, rows)
+        judged = [judge(result, own) for own in ours]
+        if found := [verdict for verdict in judged if verdict]:
+            rival = f"`{found[0].other['optimizer']}` {_spread(found[0].other)}"
+            cells = [f"{_spread(x.ours)}, {x.outcome}" if x else "-" for x in judged]
+            rows.append([name.replace("_", " "), _measure(result), rival, *cells])
+    return show.markdown(["task", "metric", "best without, tuned", *ours.values()], rows)
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
@@ -218,9 +222,5 @@ def _measure(result: Mapping[str, Any]) -> str:
     return f"{result['metric']}, {better} is better"
 
 
-def _spread(place: Mapping[str, Any] | None) -> str:
-    if place is None:
-        return "-"
-    if place["mean"] is None:
-        return "diverged"
+def _spread(place: Mapping[str, Any]) -> str:
     return f"{place['mean']:.3g} ({min(place['test']):.3g} to {max(place['test']):.3g})"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -82,14 +81,6 @@ def decode(heat: np.ndarray, described: np.ndarray, least: float) -> tuple[np.nd
     half = np.exp(found[:, 2:]) / 2
     boxes = np.concatenate([centres - half, centres + half], -1) * STRIDE
     return boxes, heat[rows, columns]
-
-
-def hit(truth: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Which of an image's true boxes some other box overlaps with an IoU of a half or more."""
-    if not len(truth) or not len(boxes):
-        return np.zeros(len(truth), bool)
-    overlaps = mask.iou(_corner_and_sides(boxes), _corner_and_sides(truth), [0] * len(truth))
-    return np.asarray(overlaps).max(0) >= 0.5
 
 
 def average_precision(
