@@ -45,10 +45,10 @@ def clip_norm(
       NameError, TypeError, ValueError: as `unit_scale`.
 
     Numerics:
-      A group within the limit stays as it is, bit for bit. Any other is computed in float32 (or
-      float64, where a leaf of the group has it) and rounded once to its dtype. The norm is exact as
-      in `unit_scale`, also where squares overflow or vanish. A group with NaN or an infinity is NaN
-      throughout.
+      A group within the limit stays as it is, bit for bit. Longer ones are computed in float32, or
+      in float64 where a leaf of the group has it, and rounded once. The norm is exact as in
+      `unit_scale`, also where squares overflow or vanish. If an element is NaN or infinite, the
+      whole group becomes NaN.
 
     Examples:
       >>> import jax.numpy as jnp, optax

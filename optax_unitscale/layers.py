@@ -14,6 +14,7 @@ from optax_unitscale.overrides import (
     Kernel,
     Kind,
     Shape,
+    as_ints,
     check_patterns,
     of_stack,
     override_of,
@@ -119,11 +120,11 @@ def layers_of(
     `lora_a`, `lora_b`                    (in, rank), (rank, out)    kernel
     ====================================  =========================  =========
 
-    Whatever can be several things is an error that lists all such leaves and the lines to write:
-    stacked layers; convolutions of one channel, which may be depthwise; other names. So is, in any
-    library, a kernel whose name stands for query, key and value in one: `qkv`, `c_attn`, `in_proj`,
-    `query_key_value`, `kv`. It may be one kernel or `blocks=3` of them. Only a module shows that a
-    convolution has groups of several channels.
+    A leaf that can be several things raises an error, which lists all such leaves and the lines to
+    write: stacked layers; convolutions of one channel, which may be depthwise; other names. A
+    kernel whose name stands for query, key and value in one (`qkv`, `c_attn`, `in_proj`,
+    `query_key_value`, `kv`) always does: it may be one kernel or `blocks=3` of them. Only a module
+    shows that a convolution has groups of several channels.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -232,6 +233,7 @@ def _find(
     ways = {name: _stackings(d, single[name]) for name, d in said.items() if d}
     found: dict[str, Layer] = {}
     fused: dict[str, Kernel] = {}
+    swapped: list[str] = []
 
     def by_name(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
         is_flax = not is_equinox(modules[name])
@@ -243,6 +245,10 @@ def _find(
         is_said = kind is not None
         if isinstance(kind, Kernel):
             stack = ()
+            own = said[name]
+            if own and isinstance(own.kind, Kernel) and len(own.sizes) == len(shape):
+                ends = (as_ints(axes) for axes in (own.kind.outputs, own.kind.inputs))
+                swapped += [name] if (kind.inputs, kind.outputs) == tuple(ends) else []
         elif kind is None and (own := said[name]):
             more = _stack_of(name, ways)
             if more is not None:
@@ -258,6 +264,11 @@ def _find(
                 fused[name] = kernel
             else:
                 found[name] = layer
+    if swapped:
+        raise ValueError(
+            f"{caller}: overrides has inputs for outputs in {some(swapped)}, whose modules say the "
+            "opposite: swap them. Flax kernels are (in, out), Equinox weights (out, in)."
+        )
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
     if unknown:

@@ -282,10 +282,14 @@ def _is_state(x: Any) -> bool:
 
 
 def _layout_of(plan: Plan, params: Any) -> Layout:
-    """The layout of the norms of the parameters' gradients; integers have no gradient."""
-    params = jax.tree.map(
-        lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, params
-    )
+    """The layout of the norms of the parameters' gradients, which not every leaf has."""
+
+    def has_gradient(x: Any) -> bool:
+        # An Equinox model has functions for leaves too.
+        is_number = hasattr(x, "dtype") or isinstance(x, float | complex)
+        return is_number and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+    params = jax.tree.map(lambda x: x if has_gradient(x) else None, params)
     # optax.tree.map_params calls init with a tree without leaves, which scope and axis do not fit.
     return _layout(plan.caller, *assign(plan, params)) if jax.tree.leaves(params) else ()
 

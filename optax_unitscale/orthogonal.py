@@ -67,8 +67,8 @@ def orthogonalize(
         "polar_express" goes on to 1: 0.993 to 1.002 after 6 steps, within 1e-5 after 7. "muon" is
         one triple again and again. "aol" first divides each row of the matrix, short side first,
         by the root of the sum of that row of :math:`|A|`. Its s, U and V are those of the divided
-        matrix. s is then large from the start, and after 4 steps nearer to 1 than that of the
-        others after 5. A tuple has a triple for each step.
+        matrix. That makes small s larger, so that 4 steps do what the others need 5 for. A tuple
+        has a triple for each step.
       steps: how many, at least 1. Those beyond a name's triples repeat the last one.
 
     Returns:
@@ -89,7 +89,7 @@ def orthogonalize(
       float32, whatever `jax.default_matmul_precision` says. On accelerators they are of bfloat16
       with float32 sums, and the result is right to a few hundredths. float64 and complex leaves
       keep their precision everywhere. Singular values below the precision of the products, 1e-7 or
-      4e-3 of the largest, are noise. Five steps raise it up to a thousandfold, as in all such
+      4e-3 of the largest, are noise, which five steps can amplify a thousandfold, as in all such
       methods.
 
     Notes:
@@ -102,13 +102,13 @@ def orthogonalize(
       all-to-all there and one back. Kernels whose names differ in numbers only, such as
       "blocks/3/up", are assumed to be split alike; if they are not, more is sent.
 
-      Best is a multiple of as many matrices of one shape as devices. What is left over, or all
-      where there are fewer, is spread over some mesh axes. Over the others large matrices, of
-      thousands of inputs and outputs, are split by the columns of the longer side: their products
-      are shared, but in each step devices send each other matrices of the shorter side squared.
-      Small ones are processed by several devices alike. Where a mesh is automatic, JAX does not
-      show how kernels are split, and XLA may split what comes back from columns over more axes:
-      then state `out_shardings` of `jax.jit`.
+      It is fastest if the number of matrices of a shape is a multiple of the number of devices. The
+      rest, or all where there are fewer, are spread over some mesh axes. Over the others large
+      matrices, of thousands of inputs and outputs, are split by the columns of the longer side:
+      their products are shared, but in each step devices send each other matrices of the shorter
+      side squared. Small ones are processed by several devices alike. Where a mesh is automatic,
+      JAX does not show how kernels are split, and XLA may split what comes back from columns over
+      more axes: then state `out_shardings` of `jax.jit`.
 
       Where JAX sees no mesh, as with `jax.jit` on arrays of an automatic mesh outside
       `jax.set_mesh`, XLA splits the products as it likes: the result is right, but each of the

@@ -94,12 +94,12 @@ def keep_norm(
 
     Numerics:
       Computed in float32, or float64 where a kernel has it, and rounded once to the dtype of the
-      update. In float32 the norm of the parameters is R within 4 units of precision after any
-      number of steps. In bfloat16 it is R within 1 unit: it does not drift, for R is not measured
-      again. A group that is zero at `init` passes through, unless `radius` is given. So does a
-      group whose update is zero, as between the steps of `optax.MultiSteps`: its parameters stay
-      as they are, bit for bit. A group with NaN or an infinity becomes NaN throughout, and so does
-      one whose norm at `init` is above 3.4e38, the largest number of float32.
+      update. R is measured once, at `init`, so the norm does not drift: after any number of steps
+      it is R within 4 units of precision in float32 and 1 unit in bfloat16. A group that is zero at
+      `init` passes through, unless `radius` is given. So does a group whose update is zero, as
+      between the steps of `optax.MultiSteps`: its parameters stay as they are, bit for bit. A group
+      with NaN or an infinity becomes NaN throughout, and so does one whose norm at `init` is above
+      3.4e38, the largest number of float32.
 
       Inside `jax.shard_map` with stacked layers or experts split over devices, each device has the
       radii of its own: call `init` in there too, and split `radii` over those mesh axes.

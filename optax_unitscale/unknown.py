@@ -67,6 +67,8 @@ def explain(
         lines += [
             f'  "{pattern}": {_written(kind)},  # {means}' for pattern, kind, means in choices
         ]
+    if "Kernel(" in shown:
+        lines.append("Kernel is a class of optax_unitscale.")
     if "flax.nnx" in sys.modules and not typed and len(fused) < len(unknown):
         lines.append("A Flax NNX model shows more than its parameters do: layers_of(model).")
     if all(name.rpartition("/")[2].isdigit() for name in unknown):
@@ -105,6 +107,8 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     if "conv" in name.lower():
         return [(conv, "")]
     forward, backward = Kernel(first, tuple(rest)), Kernel(tuple(rest), first)
+    if 1 in shape and leaf not in KERNELS and leaf != "weight" and not leaf.isdigit():
+        return [("vector", "one vector"), ("embedding", "a table, (rows, features)")]
     if leaf.isdigit():
         return [(forward, "")]
     if leaf == "weight":

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -130,3 +131,18 @@ def test_the_table_says_what_each_leaf_gets_and_which_kernels_are_zero():
     *_, last, caption = str(layers_table(experts)).splitlines()
     assert re.split("  +", last)[-2:] == ["1.5", "zero at init: 2 of 3"]
     assert caption == "zero at init: keep_norm passes it through"
+
+
+@pytest.mark.parametrize("library", ["equinox", "nnx"])
+def test_an_override_with_inputs_for_outputs_is_refused_where_a_module_says_the_opposite(library):
+    linear = {
+        "equinox": lambda: eqx.nn.Linear(8, 24, key=jax.random.key(0)),
+        "nnx": lambda: nnx.Linear(8, 24, rngs=nnx.Rngs(0)),
+    }[library]()
+    right, swapped = Kernel(1, 0, blocks=3), Kernel(0, 1, blocks=2)
+    if library == "nnx":
+        right, swapped = Kernel(0, 1, blocks=3), Kernel(1, 0, blocks=2)
+    (name,) = layers_of(linear).keys() - {"bias"}
+    assert layers_of(linear, {name: right})[name].blocks == 3
+    with pytest.raises(ValueError, match=rf"inputs for outputs in \['{name}'\].*swap them"):
+        layers_of(linear, {name: swapped})

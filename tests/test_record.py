@@ -7,6 +7,7 @@ import textwrap
 import types
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,3 +283,14 @@ def test_names_do_not_depend_on_which_leaves_have_a_gradient():
         _, state = tx.update(gradient, tx.init(params), *given)
         norms = recorded_norms(state, params, scope=labels)
         assert {name: float(norm) for name, norm in norms.items()} == {"x": 3, "y": 2}
+
+
+def test_a_model_with_functions_for_leaves_is_recorded_as_it_is():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    grads = eqx.filter_grad(lambda model: model(jnp.ones(3)).sum())(model)
+    tx = record_norms()
+    _, state = tx.update(grads, tx.init(model))
+    norms = recorded_norms(state, model)
+    assert {name: float(norm) for name, norm in norms.items()} == pytest.approx(
+        {name: float(norm) for name, norm in gradient_norms(grads).items()}
+    )
