@@ -141,18 +141,14 @@ COMPARED = tuple(CONTENDERS)
 CONTENDERS |= {
     "adam": Contender(0.003, lambda rate, _: optax.adam(rate)),
     "adamw_width": Contender(0.003, _adamw_width),
-    "muon_decay": Contender(0.01, lambda rate, layers: _muon(rate, layers, 0.1)),
+    "muon_decay_0.1": Contender(0.01, lambda rate, layers: _muon(rate, layers, 0.1)),
+    "unit_muon_decay_0.1": Contender(
+        0.03, lambda rate, layers: unit_muon(rate, layers=layers, weight_decay=0.1)
+    ),
     "unit_sgd": Contender(0.03, lambda rate, _: unit_sgd(rate)),
 }
-TRANSFERRED = (
-    "sgd",
-    "adam",
-    "adamw_width",
-    "muon",
-    "muon_decay",
-    "unit_muon",
-    "unit_muon_keep_norm",
-)
+TRANSFERRED = ("sgd", "adam", "adamw_width", "muon", "muon_decay_0.1")
+TRANSFERRED += ("unit_muon", "unit_muon_decay_0.1", "unit_muon_keep_norm")
 # Those that `train` shows where nobody asks for others.
 SHOWN: tuple[str, ...] = ("adamw", "muon", "unit_scale", "unit_muon")
 

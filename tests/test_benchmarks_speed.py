@@ -63,14 +63,12 @@ def found(rows: list[dict], scope: str) -> list[str]:
     return [row["name"] for row in rows if row["scope"] == scope]
 
 
-def test_a_run_writes_its_rows_and_two_figures_that_show_something(out):
-    pictures = ["growth.png", "ratios.png"]
-    assert sorted(path.name for path in out.iterdir()) == [*pictures, "speed.json"]
-    for name in pictures:
-        image = matplotlib.image.imread(out / name)[..., :3]
-        assert min(image.shape[:2]) > 300
-        # Coloured lines, not just black axes on white.
-        assert np.mean(np.ptp(image, axis=-1) > 0.2) > 5e-4
+def test_a_run_writes_its_rows_and_a_figure_that_shows_something(out):
+    assert sorted(path.name for path in out.iterdir()) == ["ratios.png", "speed.json"]
+    image = matplotlib.image.imread(out / "ratios.png")[..., :3]
+    assert min(image.shape[:2]) > 300
+    # Coloured marks, not just black axes on white.
+    assert np.mean(np.ptp(image, axis=-1) > 0.2) > 5e-4
 
 
 def test_every_method_is_timed_beside_the_ceilings(results):

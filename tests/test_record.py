@@ -286,7 +286,7 @@ def test_names_do_not_depend_on_which_leaves_have_a_gradient():
 
 
 def test_a_model_with_functions_for_leaves_is_recorded_as_it_is():
-    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    model: Any = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     grads = eqx.filter_grad(lambda model: model(jnp.ones(3)).sum())(model)
     tx = record_norms()
     _, state = tx.update(grads, tx.init(model))

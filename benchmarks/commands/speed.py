@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--train", what, default="35M", choices=MODELS)
     what = "how often each contender is timed, in turn; training steps a quarter as often"
     add(parser, "--rounds N", what, count(5), default=40)
-    add_out(parser, "speed.json and the figures")
+    add_out(parser, "speed.json and the figure")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,8 +56,6 @@ def run(options: argparse.Namespace) -> None:
         console.print(table)
     if alone := results.get("transformation"):
         show.save(report.plot_ratios(alone), out / "ratios.png", console)
-    if leaves := results.get("leaves"):
-        show.save(report.plot_growth(leaves), out / "growth.png", console)
     show.wrote(console, out / "speed.json")
 
 

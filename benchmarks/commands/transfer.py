@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.markdown import Markdown
 
 from benchmarks import show
-from benchmarks.arguments import UsageError, add, count
+from benchmarks.arguments import add
 from benchmarks.optimizers import CONTENDERS, TRANSFERRED
 from benchmarks.runs import Log
 from benchmarks.sweep import session
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--family", what, several="all", choices=tuple(FAMILIES))
     what = "an optimizer to compare"
     add(parser, "--optimizer", what, several=", ".join(TRANSFERRED), choices=tuple(CONTENDERS))
-    add(parser, "--size N", "one of a family's sizes", count(), several="all")
+    sizes = sorted({size for family in FAMILIES.values() for size in family.sizes})
+    add(parser, "--size", "one of a family's sizes", int, several="all", choices=sizes)
     what = (
         "cpu: about three hours on two cores; try: a fifth of the steps (except where "
         "steps are what varies), as a quick check"
@@ -68,14 +69,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _sizes(options: argparse.Namespace) -> dict[str, list[int]]:
     """The sizes of each family that were asked for; families without any are left out."""
-    every = {name: FAMILIES[name].sizes for name in options.family or FAMILIES}
-    for size in options.size or ():
-        if not any(size in sizes for sizes in every.values()):
-            choices = "; ".join(f"{name}: {', '.join(map(str, x))}" for name, x in every.items())
-            raise UsageError(f"argument --size: none has {size}, expected one of {choices}")
     wanted = {
-        name: [size for size in sizes if size in (options.size or sizes)]
-        for name, sizes in every.items()
+        name: [size for size in FAMILIES[name].sizes if size in (options.size or [size])]
+        for name in options.family or FAMILIES
     }
     return {name: sizes for name, sizes in wanted.items() if sizes}
 

@@ -1,4 +1,4 @@
-"""A run in tables, a part each, and in figures: ratios, and growth with the number of leaves."""
+"""A run in tables, a part each, and a figure of the ratios."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.optimizers import is_ours
-from benchmarks.show import LEGEND, color, name_ends, panels, styles, table
+from benchmarks.show import color, panels, table
 from benchmarks.timing.measurement import Row
 
 CAPTION = (
@@ -72,24 +72,6 @@ def plot_ratios(rows: Sequence[Row]) -> Figure:
     for dtype, fill in fills.items():
         grid[-1].plot([], [], "o", color=color(""), markerfacecolor=fill, label=dtype)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    return figure
-
-
-def plot_growth(rows: Sequence[Row]) -> Figure:
-    """Run and compile time against the number of leaves, log-log."""
-    drawn = {"run time": _seconds, "trace and compile": _compiling}
-    figure, grid = panels(2, 2, (5.5, 3.8))
-    for axes, (what, value) in zip(grid, drawn.items(), strict=True):
-        for name, style in styles(dict.fromkeys(row["name"] for row in rows)).items():
-            own = [row for row in rows if row["name"] == name]
-            counts = [row["leaves"] for row in own]
-            axes.plot(counts, [value(row) for row in own], "o", label=name, **style)
-        axes.set(title=what, xlabel="leaves", ylabel="seconds", xscale="log", yscale="log")
-        axes.set_xticks(ticks := sorted({row["leaves"] for row in rows}), map(str, ticks))
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3, which="both")
-        name_ends(axes)
-    figure.suptitle(f"{rows[0]['parameters'] / 1e6:.1f} M parameters; {LEGEND}")
     return figure
 
 
