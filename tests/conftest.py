@@ -12,14 +12,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs a file, whose fixtures it makes once; but each notebook is by itself."""
-    for item in items:
-        name = item.name if "each_notebook_runs" in item.name else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What commands compile in processes of their own is kept for the next of them.
