@@ -32,10 +32,11 @@ SEQUENCES = 4
 # Before plain gradient descent.
 TRAINED = {
     "sgd": optax.identity(),
+    "optax.normalize_by_update_norm(), sgd": optax.normalize_by_update_norm(),
     "unit_scale(), sgd": unit_scale(),
     'unit_scale(scope="global"), sgd': unit_scale(scope="global"),
 }
-LEAVES = (10, 30, 100, 300, 1000)
+LEAVES = (10, 30, 100, 300, 1000, 2000)
 # Blocks and their width.
 SIZES = ((12, 256), (48, 64))
 # The first of each scope is what the others are compared with.
