@@ -52,8 +52,14 @@ def make_batches():
     return ((start + pace * np.arange(CONFIG.context + 1)) % CONFIG.vocabulary).astype(np.int32)
 
 
-GRAPH, PARAMS = nnx.split(GPT(CONFIG, nnx.Rngs(0)), nnx.Param)
+# Shapes only: every test process imports this file.
+GRAPH, PARAMS = nnx.split(nnx.eval_shape(lambda: GPT(CONFIG, nnx.Rngs(0))), nnx.Param)
 BATCHES = make_batches()
+
+
+@functools.cache
+def first_params():
+    return nnx.state(GPT(CONFIG, nnx.Rngs(0)), nnx.Param)
 
 
 def loss_of(params, tokens):
@@ -88,10 +94,11 @@ def distance(one: Run, other: Run) -> float:
 def single() -> tuple[Run, float]:
     """The run on one device, and how far from it a run goes that starts one rounding away."""
     step = jax.jit(functools.partial(take_step, GRADIENT))
-    run = train(step, PARAMS, BATCHES)
+    params = first_params()
+    run = train(step, params, BATCHES)
     rng = np.random.default_rng(1)
-    signs = jax.tree.map(lambda x: rng.choice(np.array([-1, 1], np.float32), x.shape), PARAMS)
-    nearby = jax.tree.map(lambda x, sign: x * (1 + sign * np.float32(2.0**-23)), PARAMS, signs)
+    signs = jax.tree.map(lambda x: rng.choice(np.array([-1, 1], np.float32), x.shape), params)
+    nearby = jax.tree.map(lambda x, sign: x * (1 + sign * np.float32(2.0**-23)), params, signs)
     return run, distance(run, train(step, nearby, BATCHES))
 
 
@@ -137,7 +144,7 @@ def test_training_under_jit_follows_the_single_device(fsdp, tensor, single):
     params, state = (shardings_for(x, fsdp=fsdp, tensor=tensor) for x in (PARAMS, STATE))
     step = jax.jit(functools.partial(take_step, GRADIENT), out_shardings=(params, state, None))
     batches = jax.device_put(BATCHES, NamedSharding(make_mesh(), P(None, "data")))
-    check_follows(train(step, jax.device_put(PARAMS, params), batches), single)
+    check_follows(train(step, jax.device_put(first_params(), params), batches), single)
 
 
 def train_in_shard_map(gradient, fsdp=False, check_vma=True):
@@ -149,7 +156,8 @@ def train_in_shard_map(gradient, fsdp=False, check_vma=True):
         out_specs=(params, state, P()),
         check_vma=check_vma,
     )
-    return train(jax.jit(step), jax.device_put(PARAMS, shardings_for(PARAMS, fsdp=fsdp)), BATCHES)
+    start = jax.device_put(first_params(), shardings_for(PARAMS, fsdp=fsdp))
+    return train(jax.jit(step), start, BATCHES)
 
 
 def test_data_parallel_training_averaged_by_autodiff_follows_the_single_device(single):
