@@ -83,20 +83,20 @@ def _compared(sweep: str, results: Any) -> dict[str, str]:
     found = {
         sweep: verdicts(results).strip(),
         f"{sweep}/means": mean_table(results).strip(),
-        f"{sweep}/outcomes": outcomes("unit_muon"),
         f"{sweep}/untuned": outcomes("unit_muon_untuned"),
         f"{sweep}/decay": outcomes("unit_muon_decay"),
         f"{sweep}/untuned/adamw": outcomes("unit_muon_untuned", "adamw"),
+        f"{sweep}/matched": outcomes("unit_muon", "muon_matched"),
+        f"{sweep}/keep_norm": outcomes("unit_muon_keep_norm", "unit_muon_decay"),
     }
-    for name in means(results):
+    for name, metrics in means(results).items():
         own = {x: _place(result, name) for x, result in results.items() if _place(result, name)}
         found[f"{sweep}/near/{name}"] = f"{sum(place['near'] for place in own.values()):g}"
         found[f"{sweep}/diverged/{name}"] = str(sum(place["diverged"] for place in own.values()))
         # On how many tasks unit_muon loses less from training to test.
         less = [_lost(results[x], "unit_muon") < _lost(results[x], name) for x in own]
         found[f"{sweep}/keeps/{name}"] = f"{sum(less)} of {len(less)}"
-    for name, own in means(results).items():
-        found |= {f"{sweep}/{task}/{name}": mean for task, mean in own.items()}
+        found |= {f"{sweep}/{task}/{name}": mean for task, mean in metrics.items()}
     return found
 
 

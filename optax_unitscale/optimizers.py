@@ -104,6 +104,17 @@ def unit_muon(
     ``optax.chain(orthogonalize(layers=layers), unit_muon(0.03, layers=layers))``. On text that is a
     little worse.
 
+    A row of an embedding moves by the full rate also for hundreds of steps after its token was seen
+    last, for its momentum gets smaller but keeps its direction. That did no harm in training from
+    scratch. Where a pretrained model learns from few of its tokens, freeze its embeddings or give
+    them to Adam:
+
+    .. code-block:: python
+
+        kinds = lambda tree: layers_of(tree).map(lambda layer: layer.kind, tree)
+        tx = unit_muon(0.003)
+        optax.partition({"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}, kinds)
+
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. Begin with 0.03. The best
         rate was 0.03 to 0.06 on small GPTs of any width, depth, batch size and length of training,

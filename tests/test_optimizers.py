@@ -191,6 +191,24 @@ def test_the_momentum_has_the_dtype_that_is_asked_for():
         assert updates["kernel"].dtype == jnp.float32
 
 
+def test_embeddings_can_be_left_to_adam():
+    params = {"embed": {"embedding": jnp.ones((8, 4))}, "dense": {"kernel": jnp.eye(4)}}
+    tx = unit_muon(0.03)
+    rules = {"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}
+    both = optax.partition(rules, lambda tree: layers_of(tree).map(lambda x: x.kind, tree))
+    first = jax.tree.map(lambda x: x.at[0].set(1e-3), jax.tree.map(jnp.zeros_like, params))
+    none, moved = jax.tree.map(jnp.zeros_like, params), {}
+    for name, optimizer in {"alone": tx, "with Adam": both}.items():
+        state = optimizer.init(params)
+        with jax.numpy_dtype_promotion("standard"):  # Adam mixes an integer count with floats.
+            _, state = optimizer.update(first, state, params)
+            for _ in range(50):
+                moved[name], state = optimizer.update(none, state, params)
+    assert np.abs(moved["alone"]["embed"]["embedding"][0]) == pytest.approx(0.03)
+    assert np.abs(moved["with Adam"]["embed"]["embedding"][0]).max() < 1e-5
+    np.testing.assert_array_equal(*(x["dense"]["kernel"] for x in moved.values()))
+
+
 def test_a_layer_of_modules_need_not_be_the_trees():
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     layers = layers_of(model)
