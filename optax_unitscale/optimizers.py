@@ -88,16 +88,16 @@ def unit_muon(
     mu_dtype: Any = None,
     nesterov: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon with unit scale for every leaf: one learning rate for any model of any width.
+    r"""Muon with unit scale for every leaf: one learning rate for kernels of any width.
 
     For a kernel with :math:`n_{in}` inputs and :math:`n_{out}` outputs
 
     .. math:: M_t = \mu M_{t-1} + G_t / \|G_t\|, \quad
               W_{t+1} = W_t - \alpha \sqrt{n_{out} / n_{in}} \, \mathrm{orthogonal}(M_t)
 
-    so that all singular values of its step are equal, and an input of RMS 1 changes the output by
-    an RMS of at most the rate. Each row of an embedding takes a step whose RMS is the rate, and
-    each vector, such as a bias or a gain, a step whose RMS is a tenth of it.
+    so that all singular values of its step are nearly equal, and an input of RMS 1 changes the
+    output by an RMS of about the rate at most. Each row of an embedding takes a step whose RMS is
+    the rate, and each vector, such as a bias or a gain, a step whose RMS is a tenth of it.
 
     For deep networks that it does not train, such as 32 sigmoid layers without residual
     connections, make gradients orthogonal before the momentum, too:
@@ -119,8 +119,8 @@ def unit_muon(
       learning_rate: a number or a schedule, best one that ends at zero. Begin with 0.03. The best
         rate was 0.03 to 0.06 on small GPTs of any width, depth, batch size and length of training,
         so none of these calls for a rule, and 0.13 to 0.25 on small MLPs.
-      momentum: the factor by which it decays at each step. 0.95, Muon's, was a little worse on a
-        small GPT, in runs of up to 1600 steps.
+      momentum: how much of the momentum is kept at each step. 0.95, Muon's, was a little worse on
+        a small GPT, in runs of up to 1600 steps.
       layers: what each leaf is: what `layers_of` returned, overrides for it, such as
         ``{"**/qkv/kernel": Kernel(inputs=0, outputs=(1, 2))}``, or None to find it from the names
         and shapes of the parameters. `layers_of(model)` reads the types of modules, which says
