@@ -94,6 +94,20 @@ def test_layers_stacked_by_linens_scan_are_refused_with_the_line_that_helps():
     assert (found["blocks/Dense_0/kernel"], found["head/kernel"]) == ("1 > 2 [0]", "0 > 1")
 
 
+def test_gates_of_nnxs_recurrent_cells_are_matrices_of_their_own():
+    class Reader(nnx.Module):
+        def __init__(self, rngs):
+            self.gru = nnx.RNN(nnx.GRUCell(3, 5, rngs=rngs))
+            self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(3, 5, rngs=rngs))
+            self.simple = nnx.RNN(nnx.SimpleCell(3, 5, rngs=rngs))
+
+    expected = {}
+    for name, gates in {"gru": " *3", "lstm": " *4", "simple": ""}.items():
+        for part in ("dense_i", "dense_h"):
+            expected[f"{name}/cell/{part}/kernel"] = f"0 > 1{gates}"
+    assert said(nnx.eval_shape(lambda: Reader(nnx.Rngs(0)))) == expected
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_layers_stacked_by_nnxs_vmap_are_known_by_types(axis):
     @nnx.split_rngs(splits=3)
@@ -144,6 +158,34 @@ def equinox_model() -> EquinoxModel:
         "gain": eqx.nn.Linear("scalar", 3, key=KEY),
     }
     return EquinoxModel({**convs, **parts}, 3)
+
+
+@jax.tree_util.register_pytree_node_class
+class Box:
+    """A container that does not tell JAX the names of what is in it."""
+
+    def __init__(self, *inside):
+        self.inside = inside
+
+    def tree_flatten(self):
+        """What is in it, and nothing else."""
+        return self.inside, None
+
+    @classmethod
+    def tree_unflatten(cls, _, inside):
+        """The inverse."""
+        return cls(*inside)
+
+
+def test_in_a_container_without_names_a_leaf_is_asked_for():
+    model = EquinoxModel({"box": Box(eqx.nn.Linear(3, 5, key=KEY))}, 3)
+    with pytest.raises(
+        ValueError, match=r"do not show what they are:\n  parts/box/0/weight"
+    ) as error:
+        layers_of(model)
+    assert "Kernel(inputs=1, outputs=0)" in str(error.value)
+    found = layers_of(model, {"**/weight": Kernel(inputs=1, outputs=0)})
+    assert short(found["parts/box/0/weight"]) == "1 > 0"
 
 
 EQUINOX = {

@@ -234,6 +234,13 @@ def test_a_picture_in_given_axes_opens_no_figure_and_can_share_a_scale():
     assert plt.get_fignums() == []
 
 
+def test_axes_without_a_figure_are_refused():
+    axes = Figure().subplots()
+    axes.remove()
+    with pytest.raises(ValueError, match="axes were removed from their figure"):
+        plot_norms([{"a": 1.0}], axes=axes)
+
+
 @pytest.mark.parametrize(
     ("missing", "call"),
     [("rich", lambda: norms_table({"a": 1.0})), ("matplotlib", lambda: plot_norms([{"a": 1.0}]))],
