@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
@@ -194,7 +195,7 @@ def test_the_momentum_has_the_dtype_that_is_asked_for():
 def test_embeddings_can_be_left_to_adam():
     params = {"embed": {"embedding": jnp.ones((8, 4))}, "dense": {"kernel": jnp.eye(4)}}
     tx = unit_muon(0.03)
-    rules = {"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}
+    rules: dict[Hashable, Any] = {"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}
     both = optax.partition(rules, lambda tree: layers_of(tree).map(lambda x: x.kind, tree))
     first = jax.tree.map(lambda x: x.at[0].set(1e-3), jax.tree.map(jnp.zeros_like, params))
     none, moved = jax.tree.map(jnp.zeros_like, params), {}
