@@ -23,6 +23,8 @@ from optax_unitscale.paths import flatten
 
 OURS = [
     {"opt_name": "unit_sgd", "opt_kwargs": {"learning_rate": 1e-3}},
+    {"opt_name": "unit_sgd", "opt_kwargs": {"learning_rate": 1e-3, "weight_decay": 1e-3}},
+    {"opt_name": "unit_muon", "opt_kwargs": {"learning_rate": 3e-3}},
     {"opt_name": "unit_muon", "opt_kwargs": {"learning_rate": 3e-3, "weight_decay": 1e-3}},
 ]
 

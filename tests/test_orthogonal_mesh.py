@@ -65,8 +65,9 @@ def check_same(results: Any, tree: Any, layers: Any = None, atol: float = 1e-6) 
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol)
 
 
-@pytest.mark.parametrize(("depth", "kind"), [(8, AxisType.Explicit), (12, AxisType.Auto)])
-def test_with_fsdp_matrices_go_and_come_once_and_no_product_is_computed_twice(depth, kind):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [8, 12])
+def test_with_fsdp_matrices_go_and_come_once_and_no_product_is_computed_twice(kind, depth):
     arrays, mesh = blocks(depth), fsdp(kind)
     tree = shard(arrays, mesh, jax.tree.map(lambda _: P("fsdp"), arrays))
     program = compiled(tree, mesh)
