@@ -75,7 +75,9 @@ def _muon_matched(rate: Any, layers: Layers) -> optax.GradientTransformation:
                 "kernel": optax.contrib.scale_by_muon(
                     beta=MOMENTUM, weight_dimension_numbers=matrices(layers)
                 ),
-                "embedding": optax.chain(momentum, unit_scale(axis=-1)),
+                "embedding": optax.chain(
+                    unit_scale(), momentum, unit_scale(axis=-1, min_norm=1e-3)
+                ),
                 "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
             },
             lambda tree: layers.map(lambda layer: layer.kind, tree),

@@ -1,5 +1,6 @@
 """`unit_sgd` and `unit_muon`: chains of this package's transformations and Optax's."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,10 @@ from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
 __all__ = ["unit_muon", "unit_sgd"]
+
+# A row of an embedding's momentum takes a shorter step if its norm is smaller. Where the gradients
+# of a million tokens are noise, this is the share of a token that occurs once.
+RARE = 1e-3
 
 
 def unit_sgd(
@@ -104,10 +109,10 @@ def unit_muon(
     ``optax.chain(orthogonalize(layers=layers), unit_muon(0.03, layers=layers))``. On text that is a
     little worse.
 
-    A row of an embedding moves by the full rate also for hundreds of steps after its token was seen
-    last, for its momentum gets smaller but keeps its direction. That did no harm in training from
-    scratch. Where a pretrained model learns from few of its tokens, freeze its embeddings or give
-    them to Adam:
+    An embedding's gradient, too, has norm 1 before the momentum, and a row of the momentum takes a
+    shorter step if its norm is below 0.001. So a row comes to rest 10 to 70 steps after its token
+    was seen last, much as with Adam. But steps are not shorter where rows are short, as those of
+    pretrained models often are. There give embeddings to Adam, or freeze them:
 
     .. code-block:: python
 
@@ -161,13 +166,14 @@ def unit_muon(
 
     def chain(tree: Any) -> optax.GradientTransformation:
         found = {path.name: layer for path, _, layer in layers_in("unit_muon", layers, tree)}
-        unit = unit_scale(axis=lambda name, x: _axes(found[name]))
+        whole = unit_scale(axis=lambda name, x: found[name].inputs + found[name].outputs)
+        row = functools.partial(unit_scale, axis=lambda name, x: found[name].outputs)
         return optax.chain(
-            _where({"kernel"}, found, unit),
+            _where({"embedding", "kernel"}, found, whole),
             optax.trace(momentum, nesterov, mu_dtype),
             orthogonalize(layers=layers),
-            _where({"embedding", "vector"}, found, unit),
-            _where({"vector"}, found, optax.scale(0.1)),
+            _where({"embedding"}, found, row(min_norm=RARE)),
+            _where({"vector"}, found, optax.chain(row(), optax.scale(0.1))),
             scale_by_shape(layers=layers),
             _decay("unit_muon", weight_decay, mask, layers, tree),
             optax.scale_by_learning_rate(learning_rate),
@@ -190,11 +196,6 @@ def _for_each_tree(
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _axes(layer: Layer) -> tuple[int, ...]:
-    """The axes of one kernel, of a row of an embedding, or of a vector."""
-    return layer.inputs + layer.outputs if layer.kind == "kernel" else layer.outputs
 
 
 def _where(
