@@ -68,16 +68,14 @@ def _muon(rate: Any, layers: Layers, decay: float = 0.0) -> optax.GradientTransf
 
 def _muon_matched(rate: Any, layers: Layers) -> optax.GradientTransformation:
     """Optax's Muon step where `unit_muon` has its own, at the same length for every leaf."""
-    momentum = optax.trace(MOMENTUM, nesterov=True)
+    momentum, row = optax.trace(MOMENTUM, nesterov=True), unit_scale(axis=-1, min_norm=1e-3)
     return optax.chain(
         optax.partition(
             {
                 "kernel": optax.contrib.scale_by_muon(
                     beta=MOMENTUM, weight_dimension_numbers=matrices(layers)
                 ),
-                "embedding": optax.chain(
-                    unit_scale(), momentum, unit_scale(axis=-1, min_norm=1e-3)
-                ),
+                "embedding": optax.chain(unit_scale(), momentum, row),
                 "vector": optax.chain(momentum, unit_scale(), optax.scale(0.1)),
             },
             lambda tree: layers.map(lambda layer: layer.kind, tree),
