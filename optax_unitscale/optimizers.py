@@ -9,8 +9,9 @@ import optax
 
 from optax_unitscale import parameters
 from optax_unitscale.layers import Layer, Layers, layers_in
+from optax_unitscale.mesh import varying_axes
 from optax_unitscale.orthogonal import orthogonalize
-from optax_unitscale.paths import flatten, is_tree
+from optax_unitscale.paths import Path, flatten, is_tree, some
 from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
@@ -143,7 +144,8 @@ def unit_muon(
     Raises:
       TypeError: as `layers_of`.
       ValueError: as `layers_of`, at `init`: what some leaves are cannot be told; as
-        `orthogonalize`.
+        `orthogonalize`; in `jax.shard_map` a leaf varies over a mesh axis, so that it may be a
+        part.
 
     Numerics:
       As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients of any
@@ -165,7 +167,9 @@ def unit_muon(
     """
 
     def chain(tree: Any) -> optax.GradientTransformation:
-        found = {path.name: layer for path, _, layer in layers_in("unit_muon", layers, tree)}
+        leaves = layers_in("unit_muon", layers, tree)
+        _check_whole("unit_muon", leaves)
+        found = {path.name: layer for path, _, layer in leaves}
         whole = unit_scale(axis=lambda name, x: found[name].inputs + found[name].outputs)
         row = functools.partial(unit_scale, axis=lambda name, x: found[name].outputs)
         return optax.chain(
@@ -196,6 +200,16 @@ def _for_each_tree(
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_whole(caller: str, leaves: list[tuple[Path, Any, Layer]]) -> None:
+    """Refuses parts of leaves: their rows and shapes are not those of the whole ones."""
+    if parts := [path.name for path, x, _ in leaves if varying_axes(x)]:
+        raise ValueError(
+            f"{caller}: in jax.shard_map {some(parts)} vary over mesh axes: they may be parts of "
+            "leaves, expected whole ones. Call the optimizer outside, under jax.jit; or, where "
+            "every device has whole leaves, in jax.shard_map(check_vma=False)."
+        )
 
 
 def _where(

@@ -16,6 +16,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 from optax_unitscale import Kernel, layers_of, unit_muon, unit_sgd
 
@@ -194,14 +196,14 @@ def test_the_momentum_has_the_dtype_that_is_asked_for():
 
 @pytest.mark.parametrize("magnitude", [1.0, 2.0**-100, 2.0**100])
 def test_rows_of_embeddings_come_to_rest_where_their_token_is_seen_no_more(magnitude):
-    params = {"embedding": jnp.ones((8, 16))}
+    params = [jnp.ones((8, 16))]
     gradients = magnitude * np.random.default_rng(0).normal(size=(100, 8, 16))
     gradients[1:, 0] = 0
-    tx = unit_muon(1.0)
+    tx: Any = unit_muon(1.0, layers={"0": "embedding"})
 
-    def step(state, gradient):
-        updates, state = tx.update({"embedding": gradient}, state, params)
-        return state, jnp.sqrt(jnp.mean(updates["embedding"] ** 2, axis=1))
+    def step(state: Any, gradient: Any) -> Any:
+        (update,), state = tx.update([gradient], state, params)
+        return state, jnp.sqrt(jnp.mean(jnp.asarray(update) ** 2, axis=1))
 
     _, moved = jax.lax.scan(step, tx.init(params), jnp.asarray(gradients, jnp.float32))
     np.testing.assert_allclose(moved[:, 1:], 1, rtol=1e-5)
@@ -221,6 +223,24 @@ def test_embeddings_can_be_left_to_adam():
     np.testing.assert_allclose(alone["embed"]["embedding"], -0.03, rtol=1e-5)
     np.testing.assert_allclose(with_adam["embed"]["embedding"], -1e-4, rtol=1e-3)
     np.testing.assert_array_equal(alone["dense"]["kernel"], with_adam["dense"]["kernel"])
+
+
+def test_parts_of_leaves_in_shard_map_are_refused_all_of_them_and_whole_ones_work():
+    mesh = make_mesh()
+    params = {"embed": {"embedding": jnp.ones((8, 4))}, "dense": {"bias": jnp.ones(4)}}
+    tx = unit_muon(0.03)
+
+    def step(spec: Any, **options: Any) -> Any:
+        specs = {"in_specs": (spec,), "out_specs": spec}
+        return jax.shard_map(lambda tree: updates_of(tx, tree), mesh=mesh, **specs, **options)
+
+    parts = {"embed": {"embedding": P("a")}, "dense": {"bias": P("b")}}
+    with pytest.raises(ValueError, match=r"unit_muon: .*'dense/bias', 'embed/embedding'.* vary"):
+        step(parts)(params)
+    for options in ({}, {"check_vma": False}):
+        jax.tree.map(
+            np.testing.assert_array_equal, step(P(), **options)(params), updates_of(tx, params)
+        )
 
 
 def test_a_layer_of_modules_need_not_be_the_trees():
