@@ -14,22 +14,14 @@ from numpy.lib.array_utils import normalize_axis_tuple
 from optax_unitscale.mesh import partitions, reduced_as, without_reduced
 from optax_unitscale.norms import Reduction
 from optax_unitscale.overrides import Stacked, check_patterns
-from optax_unitscale.paths import (
-    Path,
-    Prefix,
-    flatten,
-    gradients,
-    is_childless,
-    is_float0,
-    is_tree,
-    join,
-    show,
-)
+from optax_unitscale.paths import Path, Prefix, flatten, gradients, is_childless, is_tree, show
 
 __all__ = ["Group", "Plan", "assign", "check_scalar", "make_plan", "map_groups"]
 
 NORMS = ("l2", "rms", "l1", "linf")
 SCOPES = ("leaf", "layer", "global")
+
+Rule = Callable[..., list[jax.Array]]  # Called as rule(leaves, scalar, norm, over).
 
 
 class Group(NamedTuple):
@@ -66,7 +58,7 @@ def make_plan(caller: str, norm: Any, scope: Any, axis: Any, axis_name: Any) -> 
         )
     if is_tree(axis):
         hint = " One leaf has None for all axes, an int or a tuple; a list is for several leaves."
-        axis = Prefix("axis", axis, _is_axes, hint)
+        axis = Prefix("axis", axis, lambda x: x is None or _is_axes(x), hint)
     return Plan(caller, norm, scope, axis, axis_name)
 
 
@@ -80,17 +72,13 @@ def check_scalar(caller: str, argument: str, value: Any) -> jax.typing.ArrayLike
         raise TypeError(f"{caller}: {argument} is {value!r}, expected a real number.{cure}")
     if np.shape(value) != ():
         raise ValueError(f"{caller}: {argument} has shape {np.shape(value)}, expected a scalar.")
-    if isinstance(value, Tracer):
-        return value
     largest = float(jnp.finfo(jnp.result_type(float)).max)
-    if not 0 <= float(value) <= largest:
+    if not isinstance(value, Tracer) and not 0 <= float(value) <= largest:
         raise ValueError(f"{caller}: {argument} is {value}, expected 0 to {largest:.2g}.")
     return value if isinstance(value, jax.Array) else float(value)
 
 
-def map_groups(
-    rule: Callable[..., list[jax.Array]], plan: Plan, updates: Any, scalar: jax.typing.ArrayLike
-) -> Any:
+def map_groups(rule: Rule, plan: Plan, updates: Any, scalar: jax.typing.ArrayLike) -> Any:
     """The updates with `rule(leaves, scalar, norm, over)` in the place of each group's leaves."""
     leaves, groups = assign(plan, updates)
     mapped = _map(leaves, scalar, rule=rule, norm=plan.norm, groups=groups)
@@ -99,12 +87,7 @@ def map_groups(
 
 @functools.partial(jax.jit, static_argnames=("rule", "norm", "groups"), inline=True)
 def _map(
-    leaves: list[Any],
-    scalar: jax.typing.ArrayLike,
-    *,
-    rule: Callable[..., list[jax.Array]],
-    norm: str,
-    groups: tuple[Group, ...],
+    leaves: list[Any], scalar: jax.Array, *, rule: Rule, norm: str, groups: tuple[Group, ...]
 ) -> list[Any]:
     # Part of the caller's program; groups that are alike are traced once.
     rule = jax.jit(rule, static_argnums=(2, 3))
@@ -118,36 +101,26 @@ def _map(
 
 
 def assign(plan: Plan, updates: Any) -> tuple[list[Any], tuple[Group, ...]]:
-    """Splits a tree of updates into its leaves and the groups that share a norm.
+    """The leaves of the updates as arrays, and the groups of them that share a norm.
 
-    This runs outside `jax.jit`. What is compiled is cached on the groups, not on the arguments that
-    led to them, so a callable made anew for each call compiles nothing.
-
-    Args:
-      plan: from `make_plan`.
-      updates: the gradient pytree. Its empty and `float0` leaves belong to no group.
-
-    Returns:
-      The leaves as arrays, and the groups in the order of their first leaf.
-
-    Raises:
-      TypeError: a leaf is neither floating nor complex.
-      ValueError: labels, axes or kept axes do not fit the updates.
+    Leaves that are empty or `float0` belong to no group. This runs outside `jax.jit`. What is
+    compiled is cached on the groups, not on the arguments that led to them, so a callable made anew
+    for each call compiles nothing.
     """
     flat = gradients(plan.caller, updates)
-    indices = [i for i, (_, x) in enumerate(flat) if not is_float0(x) and x.size != 0]
+    indices = [i for i, (_, x) in enumerate(flat) if x.dtype != jax.dtypes.float0 and x.size != 0]
     leaves = [flat[i] for i in indices]
     labels = _labels(plan, updates, [path for path, _ in leaves])
-    over = _reductions(plan, updates, leaves)
-    members: dict[Hashable, list[int]] = {}
-    for i, (label, _) in enumerate(labels):
-        members.setdefault(label, []).append(i)
-        first = members[label][0]
-        _check_kept(plan.caller, (*leaves[i], over[i]), (*leaves[first], over[first]))
-    return [x for _, x in flat], tuple(
-        Group(labels[own[0]][1], tuple(indices[i] for i in own), tuple(over[i] for i in own))
-        for own in members.values()
-    )
+    over = dict(zip(indices, _reductions(plan, updates, leaves), strict=True))
+    members: dict[Hashable, tuple[str, list[int]]] = {}
+    for i, (label, name) in zip(indices, labels, strict=True):
+        _, own = members.setdefault(label, (name, []))
+        own.append(i)
+    groups = []
+    for name, own in members.values():
+        _check_kept(plan.caller, [(*flat[i], over[i]) for i in own])
+        groups.append(Group(name, tuple(own), tuple(over[i] for i in own)))
+    return [x for _, x in flat], tuple(groups)
 
 
 def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable, str]]:
@@ -177,7 +150,8 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable,
             "assigns to layers. Give labels, such as scope=['dense', 'dense', 'head', 'head'], or "
             "use scope='leaf'."
         )
-    return [(path.names[:-1], join(path.names[:-1])) for path in paths]
+    layers = [path.names[:-1] for path in paths]
+    return [(layer, "/".join(layer) or "updates") for layer in layers]
 
 
 def _read_scope(caller: str, scope: Any, may_be_one: bool = False) -> str | Prefix:
@@ -204,23 +178,20 @@ def _reductions(plan: Plan, updates: Any, leaves: list[tuple[Path, jax.Array]]) 
         # The pattern may be for leaves that optax.masked left out.
         names = [path.name for path, _ in flatten(updates, is_childless)]
         check_patterns(plan.caller, "stacked", [plan.axis.pattern], names)
-    over = []
-    for (path, x), axes in zip(leaves, every, strict=True):
-        mesh_axes = plan.axis_name(path.name, x) if callable(plan.axis_name) else plan.axis_name
-        if mesh_axes is not None:
-            mesh_axes = tuple(mesh_axes) if isinstance(mesh_axes, (tuple, list)) else (mesh_axes,)
-        over.append(Reduction(_read_axes(plan.caller, path, x, axes), mesh_axes))
-    return over
+    return [_reduction(plan, path, x, axes) for (path, x), axes in zip(leaves, every, strict=True)]
 
 
-def _read_axes(caller: str, path: Path, x: jax.Array, axes: Any) -> tuple[int, ...]:
+def _reduction(plan: Plan, path: Path, x: jax.Array, axes: Any) -> Reduction:
+    mesh_axes = plan.axis_name(path.name, x) if callable(plan.axis_name) else plan.axis_name
+    if mesh_axes is not None:
+        mesh_axes = tuple(mesh_axes) if isinstance(mesh_axes, (tuple, list)) else (mesh_axes,)
     if axes is None:
-        return tuple(range(x.ndim))
-    where = f"{caller}: axis gives {axes!r} for {show(path)} of shape {x.shape}"
+        return Reduction(tuple(range(x.ndim)), mesh_axes)
+    where = f"{plan.caller}: axis gives {axes!r} for {show(path)} of shape {x.shape}"
     if not _is_axes(axes):
         raise TypeError(f"{where}, expected None, an int, or a tuple of ints.")
     try:
-        return tuple(sorted(normalize_axis_tuple(axes, x.ndim)))
+        return Reduction(tuple(sorted(normalize_axis_tuple(axes, x.ndim))), mesh_axes)
     except ValueError as error:
         raise ValueError(
             f"{where}: {error}. Name axes that it has, each once. A callable axis can treat leaves "
@@ -230,27 +201,25 @@ def _read_axes(caller: str, path: Path, x: jax.Array, axes: Any) -> tuple[int, .
 
 def _is_axes(value: Any) -> bool:
     """Whether a value is the axes of one leaf, rather than a container of such values."""
-    members = value if type(value) is tuple else () if value is None else (value,)
+    members = value if type(value) is tuple else (value,)
     return all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in members)
 
 
-def _check_kept(
-    caller: str, member: tuple[Path, jax.Array, Reduction], first: tuple[Path, jax.Array, Reduction]
-) -> None:
+def _check_kept(caller: str, group: list[tuple[Path, jax.Array, Reduction]]) -> None:
     """Leaves that share a norm must keep axes of one shape, split alike if meshes are explicit."""
-    (path, x, over), (first_path, first_x, first_over) = member, first
-    shape, first_shape = over.kept(x.shape), first_over.kept(first_x.shape)
-    split = over.kept(partitions(caller, path, x))
-    first_split = first_over.kept(partitions(caller, first_path, first_x))
-    if shape != first_shape:
-        raise ValueError(
-            f"{caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
-            f"{show(first_path)} of the same group keeps {first_shape}. Leaves that share a norm "
-            "must keep equal axes: change axis, or give them different labels."
-        )
-    if split and first_split and split != first_split:
-        raise ValueError(
-            f"{caller}: {show(path)} is split over {split} along the axes that it keeps, but "
-            f"{show(first_path)} of the same group over {first_split}. Leaves that share a norm "
-            "must be split alike there: use jax.sharding.reshard, or give them different labels."
-        )
+    shapes = [over.kept(x.shape) for _, x, over in group]
+    splits = [over.kept(partitions(caller, path, x)) for path, x, over in group]
+    first = group[0][0]
+    for (path, x, _), shape, split in zip(group, shapes, splits, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{caller}: {show(path)} of shape {x.shape} keeps axes of shape {shape}, but "
+                f"{show(first)} of the same group keeps {shapes[0]}. Leaves that share a norm must "
+                "keep equal axes: change axis, or give them different labels."
+            )
+        if split and splits[0] and split != splits[0]:
+            raise ValueError(
+                f"{caller}: {show(path)} is split over {split} along the axes that it keeps, but "
+                f"{show(first)} of the same group over {splits[0]}. Leaves that share a norm must "
+                "be split alike there: use jax.sharding.reshard, or give them different labels."
+            )
