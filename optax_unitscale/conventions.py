@@ -32,7 +32,7 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
     is_flat = shape[:1] == (1,) and sum(size != 1 for size in shape) < 2
     if len(shape) < 2:
         return "vector"
-    if leaf.endswith(("embedding", "embeddings")):
+    if re.search(r"(^|_)embeddings?$", leaf):
         return "embedding" if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else None
     if leaf in KERNELS:
         return _kernel(module, leaf, shapes) if is_flax else None
@@ -90,7 +90,9 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     # A depthwise convolution or one that sees a single channel; a transposed one, perhaps.
     if (n_in == 1 and n_out != 1) or ("transpose" in own.lower() and n_in == n_out):
         return None
-    is_known = bias is not None or (_is_conv(own) and len(shape) <= 5)
+    # 5 x 3 x 3 may be five layers of 3 x 3.
+    is_cube = len(shape) <= 5 and len({*shape[:-2]} - {1}) < 2
+    is_known = bias is not None or (_is_conv(own) and is_cube)
     return Kernel(tuple(inputs), output) if is_known else None
 
 
@@ -153,6 +155,8 @@ def _low_rank(name: str, shapes: Mapping[str, Shape]) -> Kind | None:
     a, b = (shapes.get(f"{name[:-1]}{which}", (0,) * 2) for which in "ab")
     if min(len(a), len(b)) != 2 or (0 not in (*a, *b) and a[-1] != b[0]):
         return None  # Both have an axis more: of stacked layers, perhaps.
+    if len(shape) > 2 and 0 in (*a, *b):
+        return None  # The other one, which would show whether layers are stacked, is not trained.
     if name.endswith("a"):
         return Kernel(tuple(range(last)), last)
     return Kernel(0, tuple(range(1, len(shape))))

@@ -150,8 +150,15 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable,
             "assigns to layers. Give labels, such as scope=['dense', 'dense', 'head', 'head'], or "
             "use scope='leaf'."
         )
-    layers = [path.names[:-1] for path in paths]
+    layers = [_layer(path) for path in paths]
     return [(layer, "/".join(layer) or "updates") for layer in layers]
+
+
+def _layer(path: Path) -> tuple[str, ...]:
+    """What a leaf is in: also where a flat tree has names such as "dense/kernel" for keys."""
+    *outer, last = path.names or ("",)
+    above, slash, _ = last.rpartition("/")
+    return (*outer, above) if slash else tuple(outer)
 
 
 def _read_scope(caller: str, scope: Any, may_be_one: bool = False) -> str | Prefix:

@@ -5,20 +5,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_unitscale import parameters
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import varying_axes
+from optax_unitscale.observe import gradient_norms
 from optax_unitscale.orthogonal import orthogonalize
-from optax_unitscale.paths import Path, flatten, is_tree, some
+from optax_unitscale.paths import Path, flatten, is_childless, is_tree, some
 from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
 __all__ = ["unit_muon", "unit_sgd"]
 
-# A row of an embedding's momentum takes a shorter step if its norm is smaller. Where the gradients
-# of a million tokens are noise, this is the share of a token that occurs once.
+# If the norm of a row of an embedding's momentum is smaller, its step is shorter; a kernel's is
+# zero. Where the gradients of a million tokens are noise, a token that occurs once has this norm.
 RARE = 1e-3
 
 
@@ -103,7 +105,7 @@ def unit_muon(
 
     so that all singular values of its step are nearly equal, and an input of RMS 1 changes the
     output by an RMS of about the rate at most. Each row of an embedding takes a step whose RMS is
-    the rate, and each vector, such as a bias or a gain, a step whose RMS is a tenth of it.
+    at most the rate, and each vector, such as a bias or a gain, one whose RMS is a tenth of it.
 
     For deep networks that it does not train, such as 32 sigmoid layers without residual
     connections, make gradients orthogonal before the momentum, too:
@@ -111,15 +113,22 @@ def unit_muon(
     little worse.
 
     An embedding's gradient, too, has norm 1 before the momentum, and a row of the momentum takes a
-    shorter step if its norm is below 0.001. So a row comes to rest 10 to 70 steps after its token
-    was seen last, much as with Adam. But steps are not shorter where rows are short, as those of
-    pretrained models often are. There give embeddings to Adam, or freeze them:
+    shorter step if its norm is below 0.001. So a row comes to rest after its token was seen last:
+    within 100 steps where there are many rows, much as with Adam. So does a kernel that gets no
+    more gradients, such as one of an expert; a vector moves on for some 800 steps.
+
+    Steps are not shorter where rows are short, as those of pretrained models often are. There
+    freeze the embeddings, or give them to Adam. What each leaf is, is asked of all of them, for a
+    part of the leaves shows less:
 
     .. code-block:: python
 
-        kinds = lambda tree: layers_of(tree).map(lambda layer: layer.kind, tree)
-        tx = unit_muon(0.003)
-        optax.partition({"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}, kinds)
+        layers = layers_of(params)
+        tx = unit_muon(0.003, layers=layers)
+        optax.partition(
+            {"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx},
+            lambda tree: layers.map(lambda layer: layer.kind, tree),
+        )
 
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. Begin with 0.03. The best
@@ -174,7 +183,10 @@ def unit_muon(
         row = functools.partial(unit_scale, axis=lambda name, x: found[name].outputs)
         return optax.chain(
             _where({"embedding", "kernel"}, found, whole),
+            # Else the momentum of large ones overflows.
+            _where({"vector"}, found, optax.scale(1 - momentum)),
             optax.trace(momentum, nesterov, mu_dtype),
+            _where({"kernel"}, found, _rest(found)),
             orthogonalize(layers=layers),
             _where({"embedding"}, found, row(min_norm=RARE)),
             _where({"vector"}, found, optax.chain(row(), optax.scale(0.1))),
@@ -200,6 +212,24 @@ def _for_each_tree(
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rest(layers: Mapping[str, Layer]) -> optax.GradientTransformation:
+    """Zeroes the momentum of kernels that have had no gradient for long: its direction stays."""
+
+    def axes(name: str, x: Any) -> tuple[int, ...]:
+        return layers[name].inputs + layers[name].outputs
+
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
+        norms = gradient_norms(updates, axis=axes)
+        leaves = []
+        for path, x in flatten(updates):
+            is_moving = norms[path.name] >= RARE
+            leaves.append(x * jnp.expand_dims(is_moving, axes(path.name, x)).astype(x.dtype))
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+
+    return optax.stateless(update)
 
 
 def _check_whole(caller: str, leaves: list[tuple[Path, Any, Layer]]) -> None:
@@ -238,6 +268,11 @@ def _decay(
         # Needs neither parameters nor layers, and has the state of what does.
         return optax.masked(optax.identity(), False)
     decay = optax.add_decayed_weights(weight_decay)
+    if mask is not None and not callable(mask) and is_childless(mask):
+        raise ValueError(
+            f"{caller}: mask is {mask!r}, expected a tree of booleans or a callable that returns "
+            "one. Under optax.inject_hyperparams name it in static_args=('mask',)."
+        )
     if mask is not None:
         return optax.masked(decay, (lambda _: mask) if is_tree(mask) else mask)
     found = {path.name: layer for path, _, layer in layers_in(caller, layers, tree)}

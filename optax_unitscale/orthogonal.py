@@ -141,8 +141,9 @@ def orthogonalize(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         flat = gradients("orthogonalize", updates)
-        known = {p.keys: layer for p, _, layer in layers_in("orthogonalize", layers, updates)}
-        kernels = [_kernel(path, x, known.get(path.keys)) for path, x in flat]
+        # By name, for an NNX module has other keys than its state.
+        known = {path.name: layer for path, _, layer in layers_in("orthogonalize", layers, updates)}
+        kernels = [_kernel(path, x, known.get(path.name)) for path, x in flat]
         plain = [without_reduced(x) if k else x for (_, x), k in zip(flat, kernels, strict=True)]
         results = _orthogonalize(plain, kernels=tuple(kernels), steps=chosen)
         for i, (_, x) in enumerate(flat):

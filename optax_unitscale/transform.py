@@ -89,10 +89,11 @@ def unit_scale(
       with `check_vma=True`. It never knows in `jax.pmap` or with `check_vma=False`: there every
       device would divide by the norm of its own part, so name the axes.
 
-      Two kinds of leaf vary over a mesh axis that the norm must not run over. One is a leaf whose
-      kept axis is split. The other is one that `lax.all_gather(…, tiled=True)` made whole on each
-      device: JAX cannot tell it from a split one, each device's copy is counted, and the update on
-      8 devices has norm 0.354 = 1/√8. Give `axis_name=()` for such leaves, or gather by
+      Three kinds of leaf vary over a mesh axis that the norm must not run over. One is a leaf whose
+      kept axis is split. One is what each device has of its own, such as a gradient before
+      `lax.pmean`. One is what `lax.all_gather(…, tiled=True)` made whole on each device: JAX cannot
+      tell it from a split leaf, each device's copy is counted, and the update on 8 devices has norm
+      0.354 = 1/√8. Give `axis_name=()` for such leaves, or gather by
       `lax.all_gather(…, to="invarying")` where JAX has it.
 
     Examples:

@@ -89,7 +89,7 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
         return [(apart, APART), (kind, TOGETHER)] if apart else []
     if _is_vector(name):
         return [("vector", "")]
-    if leaf.startswith("pos") or "embed" in leaf:
+    if leaf.startswith("pos") or ("embed" in leaf and "unembed" not in leaf):
         return [("embedding", "")]
     conv = Kernel(tuple(most), last)
     if leaf in KERNELS and len(most) > 1 and shape[-2] == 1:

@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import gradient_norms, layers_of, unit_muon, unit_scale
 
 RATE = 0.125
 LAYERS = 3
@@ -260,3 +260,15 @@ def test_orbax_gives_back_every_bit_of_the_state(tmp_path):
         for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             assert x.dtype == y.dtype
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_an_nnx_module_as_a_tree_moves_as_its_state_does():
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    if len(jax.tree.leaves(model)) == 1:
+        pytest.skip("modules are no trees in this Flax")
+    state = nnx.state(model, nnx.Param)
+    for layers in (None, layers_of(model)):
+        tx: Any = unit_muon(0.1, layers=layers)
+        updates = [tx.update(tree, tx.init(tree))[0] for tree in (model, state)]
+        for x, y in zip(*map(jax.tree.leaves, updates), strict=True):
+            np.testing.assert_array_equal(x, y)

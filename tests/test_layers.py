@@ -334,6 +334,24 @@ def test_pairs_of_lora_are_kernels_of_nnx_and_of_qwix():
     assert list(said(pairs).values()) == ["0 > 1", "0 > 1", "0 1 > 2", "0 > 1", "0 > 1", "0 > 1 2"]
     with pytest.raises(ValueError, match=r"blocks/lora_a .*\n  blocks/lora_b"):
         layers_of({"blocks": shapes(lora_a=(2, 16, 2), lora_b=(2, 2, 16))})
+    # Where the other one is not trained, nothing shows that they are stacked.
+    with pytest.raises(ValueError, match=r"show what they are:\n  blocks/lora_b"):
+        layers_of({"blocks": shapes(lora_b=(2, 2, 16))})
+
+
+def test_an_axis_of_layers_is_not_taken_for_one_of_space():
+    known = {"conv": shapes(kernel=(3, 3, 3, 8, 8)), "conv_1": shapes(kernel=(1, 7, 8, 8))}
+    assert list(said(known).values()) == ["0 1 2 3 > 4", "0 1 2 > 3"]
+    for module in ("Conv_0", "conv1_d"):
+        with pytest.raises(ValueError, match=rf"show what they are:\n  {module}/kernel"):
+            layers_of({module: shapes(kernel=(5, 3, 3, 8, 8))})
+
+
+def test_what_undoes_an_embedding_is_asked_for_the_kernel_first():
+    assert list(said(shapes(pos_embedding=(4, 8))).values()) == ["embedding"]
+    with pytest.raises(ValueError, match=r"show what they are:\n  unembedding") as error:
+        layers_of(shapes(unembedding=(8, 100)))
+    assert [*readings_of(error)[0].values()] == [Kernel(0, 1)]
 
 
 def test_depthwise_convolutions_are_known_by_types_and_refused_by_names():

@@ -1,5 +1,6 @@
 """`unit_sgd` and `unit_muon`: one line for any model, and the right thing for every leaf."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -172,6 +173,21 @@ def test_weights_decay_apart_from_the_gradient_and_kernels_only_unless_masked():
                 np.testing.assert_allclose(updates[name], -0.15 * bool(does), rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [unit_sgd, unit_muon])
+def test_a_mask_that_a_wrapper_has_called_is_refused(make):
+    def mask(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    wrapped = functools.partial(optax.inject_hyperparams(make), 0.1, weight_decay=0.5)
+    with pytest.raises(ValueError, match=r"mask is .*, expected a tree .*static_args=\('mask',\)"):
+        wrapped(mask=lambda _: True).init(params)
+    static = optax.inject_hyperparams(make, static_args=("mask",))
+    updates = updates_of(static(0.1, weight_decay=0.5, mask=mask), params, params)
+    plain = updates_of(make(0.1, weight_decay=0.5, mask=mask), params, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, plain)
+
+
 def test_kernels_keep_their_norms_where_asked():
     params: Any = {"kernel": jnp.asarray(X), "bias": jnp.zeros(8)}
     tx = unit_muon(0.1, keep_norm=True)
@@ -212,11 +228,40 @@ def test_rows_of_embeddings_come_to_rest_where_their_token_is_seen_no_more(magni
     assert moved[:, 0].sum() < 70
 
 
+def test_experts_without_a_gradient_come_to_rest_and_the_others_do_not():
+    gradients = np.random.default_rng(0).normal(size=(80, 2, 8, 16))
+    gradients[1:, 0] = 0
+    tx: Any = unit_muon(1.0, layers={"0": Kernel(1, 2)})
+
+    def step(state: Any, gradient: Any) -> Any:
+        (update,), state = tx.update([gradient], state)
+        return state, jnp.linalg.norm(update, ord=2, axis=(1, 2))
+
+    state = tx.init([jnp.ones((2, 8, 16))])
+    _, moved = jax.lax.scan(step, state, jnp.asarray(gradients, jnp.float32))
+    np.testing.assert_allclose(moved[:60], np.sqrt(2), rtol=0.15)
+    np.testing.assert_allclose(moved[:, 1], np.sqrt(2), rtol=0.15)
+    np.testing.assert_array_equal(moved[70:, 0], 0)
+
+
+def test_the_momentum_of_no_leaf_overflows():
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "embedding": jnp.ones((4, 4))}
+    gradient = jax.tree.map(lambda x: jnp.full_like(x, 2.0**14, jnp.float16), params)
+    tx = unit_muon(0.03)
+    updates, state = gradient, tx.init(gradient)
+    for _ in range(12):
+        updates, state = tx.update(gradient, state)
+    for update in jax.tree.leaves(updates):
+        assert np.isfinite(update).all()
+        assert np.abs(update).max() > 1e-3
+
+
 def test_embeddings_can_be_left_to_adam():
     params = {"embed": {"embedding": jnp.ones((8, 4))}, "dense": {"kernel": jnp.eye(4)}}
-    tx = unit_muon(0.03)
+    layers = layers_of(params)
+    tx = unit_muon(0.03, layers=layers)
     rules: dict[Hashable, Any] = {"embedding": optax.adam(1e-4), "kernel": tx, "vector": tx}
-    both = optax.partition(rules, lambda tree: layers_of(tree).map(lambda x: x.kind, tree))
+    both = optax.partition(rules, lambda tree: layers.map(lambda x: x.kind, tree))
     alone = updates_of(tx, params)
     with jax.numpy_dtype_promotion("standard"):  # Adam mixes an integer count with floats.
         with_adam = updates_of(both, params)
