@@ -112,8 +112,8 @@ def record_norms(
     Raises:
       NameError: as `unit_scale`.
       TypeError: as `unit_scale`.
-      ValueError: as `unit_scale`; two groups have the same name; the gradients are not those of
-        the parameters that `init` saw.
+      ValueError: as `unit_scale`; two groups have the same name; there are more or fewer norms
+        than for the parameters that `init` saw.
 
     Numerics:
       As `gradient_norms`.
