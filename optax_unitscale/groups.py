@@ -1,6 +1,7 @@
 """Which gradient elements share a norm: scope, axis and labels."""
 
 import functools
+import re
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -155,10 +156,10 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable,
 
 
 def _layer(path: Path) -> tuple[str, ...]:
-    """What a leaf is in: also where a flat tree has names such as "dense/kernel" for keys."""
+    """What a leaf is in, also where a flat tree has "dense/kernel" or "dense.kernel" for keys."""
     *outer, last = path.names or ("",)
-    above, slash, _ = last.rpartition("/")
-    return (*outer, above) if slash else tuple(outer)
+    above = re.match(r"(.+)[/.]", last)
+    return (*outer, above[1]) if above else tuple(outer)
 
 
 def _read_scope(caller: str, scope: Any, may_be_one: bool = False) -> str | Prefix:

@@ -14,6 +14,7 @@ from optax_unitscale.overrides import (
     Kernel,
     Kind,
     Shape,
+    Stacked,
     as_ints,
     check_patterns,
     of_stack,
@@ -99,7 +100,7 @@ def layers_of(
     model_or_params: Any,
     overrides: Mapping[str, Kind] | None = None,
     *,
-    stacked: str | Mapping[str, int] | None = None,
+    stacked: str | Mapping[str, int] | Stacked | None = None,
 ) -> Layers:
     """What each leaf of a model is: a kernel and its axes, an embedding, or a vector.
 
@@ -123,8 +124,9 @@ def layers_of(
     A leaf that can be several things raises an error, which lists all such leaves and the lines to
     write: stacked layers; convolutions of one channel, which may be depthwise; other names. A
     kernel whose name stands for query, key and value in one (`qkv`, `c_attn`, `in_proj`,
-    `query_key_value`, `kv`) always does: it may be one kernel or `blocks=3` of them. Only a module
-    shows that a convolution has groups of several channels.
+    `query_key_value`, `kv`) always does: it may be one kernel or `blocks=3` of them. Names do not
+    show all: tell it of a convolution with groups of several channels, and of a Haiku LSTM with a
+    name of its own, ``{"encoder/linear/w": Kernel(0, 1, blocks=4)}``.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
@@ -132,8 +134,8 @@ def layers_of(
         "vector". ``*`` stands for a part of one name, ``**`` for any number of names; the first
         pattern that fits counts. A kernel's axes are those of the whole leaf.
       stacked: a pattern of the leaves whose first axis is that of stacked layers, as Linen's
-        `nn.scan` makes it, or patterns with the axis, ``{"decoder/layers/**": 1}``. The rest of the
-        shape is read as above. NNX and Equinox modules do not need it.
+        `nn.scan` makes it, patterns with the axis, ``{"decoder/layers/**": 1}``, or what `stacked`
+        returns. The rest of the shape is read as above. NNX and Equinox modules do not need it.
 
     Returns:
       `Layers`: a `Layer` for each name, as `gradient_norms` has them. Integers, None and empty
@@ -217,7 +219,7 @@ def _find(
     caller: str,
     model: Any,
     overrides: Mapping[str, Kind],
-    stacked: str | Mapping[str, int] | None,
+    stacked: str | Mapping[str, int] | Stacked | None,
     known: Mapping[str, Layer] | None = None,
 ) -> list[tuple[Path, Any, Layer]]:
     parameters, modules_around = open_model(model)

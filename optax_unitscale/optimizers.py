@@ -10,7 +10,7 @@ import optax
 
 from optax_unitscale import parameters
 from optax_unitscale.layers import Layer, Layers, layers_in
-from optax_unitscale.mesh import varying_axes
+from optax_unitscale.mesh import reduced_as, varying_axes, without_reduced
 from optax_unitscale.observe import gradient_norms
 from optax_unitscale.orthogonal import orthogonalize
 from optax_unitscale.paths import Path, flatten, is_childless, is_tree, some
@@ -31,6 +31,7 @@ def unit_sgd(
     accumulator_dtype: Any = None,
     *,
     scope: Literal["leaf", "layer", "global"] | Any = "layer",
+    axis: Any = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
     layers: Layers | Mapping[str, Any] | None = None,
@@ -50,6 +51,8 @@ def unit_sgd(
       accumulator_dtype: the dtype of the momentum, as in `optax.sgd`.
       scope: which leaves share a norm, as in `unit_scale`. Per layer a bias whose gradient is
         noise, such as one before BatchNorm, takes a small step; with "leaf" it takes a full one.
+      axis: the axes that a norm runs over, as in `unit_scale`: ``stacked("blocks/**")`` for layers
+        stacked by a scan, which else share one.
       weight_decay: decoupled, as in `optax.adamw`.
       mask: what decays, as in `optax.adamw`: by default kernels only.
       layers: what each leaf is, as in `unit_muon`. Only the default of `mask` needs it.
@@ -76,7 +79,7 @@ def unit_sgd(
 
     def chain(tree: Any) -> optax.GradientTransformation:
         return optax.chain(
-            unit_scale(scope=scope),
+            unit_scale(scope=scope, axis=axis),
             optax.identity() if momentum is None else optax.trace(momentum, nesterov, dtype),
             _decay("unit_sgd", weight_decay, mask, layers, tree),
             optax.scale_by_learning_rate(learning_rate),
@@ -115,7 +118,9 @@ def unit_muon(
     An embedding's gradient, too, has norm 1 before the momentum, and a row of the momentum takes a
     shorter step if its norm is below 0.001. So a row comes to rest after its token was seen last:
     within 100 steps where there are many rows, much as with Adam. So does a kernel that gets no
-    more gradients, such as one of an expert; a vector moves on for some 800 steps.
+    more gradients, such as one of an expert. Vectors are an exception: their gradients enter the
+    momentum as they are. So a vector moves on for some 800 steps, one gradient that is a million
+    times longer turns its steps for about a hundred, and in float16 one above 6000 overflows.
 
     Steps are not shorter where rows are short, as those of pretrained models often are. There
     freeze the embeddings, or give them to Adam. What each leaf is, is asked of all of them, for a
@@ -157,8 +162,8 @@ def unit_muon(
         part.
 
     Numerics:
-      As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients of any
-      magnitude give the same step.
+      As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients that are
+      all longer or shorter by one factor give the same steps.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -183,8 +188,6 @@ def unit_muon(
         row = functools.partial(unit_scale, axis=lambda name, x: found[name].outputs)
         return optax.chain(
             _where({"embedding", "kernel"}, found, whole),
-            # Else the momentum of large ones overflows.
-            _where({"vector"}, found, optax.scale(1 - momentum)),
             optax.trace(momentum, nesterov, mu_dtype),
             _where({"kernel"}, found, _rest(found)),
             orthogonalize(layers=layers),
@@ -225,8 +228,8 @@ def _rest(layers: Mapping[str, Layer]) -> optax.GradientTransformation:
         norms = gradient_norms(updates, axis=axes)
         leaves = []
         for path, x in flatten(updates):
-            is_moving = norms[path.name] >= RARE
-            leaves.append(x * jnp.expand_dims(is_moving, axes(path.name, x)).astype(x.dtype))
+            is_moving = jnp.expand_dims(norms[path.name] >= RARE, axes(path.name, x))
+            leaves.append(reduced_as(x, without_reduced(x) * is_moving.astype(x.dtype)))
         return jax.tree.unflatten(jax.tree.structure(updates), leaves)
 
     return optax.stateless(update)

@@ -134,9 +134,11 @@ def of_stack(axes: int | Iterable[int], ndim: int, stack: Iterable[int]) -> tupl
 
 
 def stacked_axes(
-    caller: str, stacked: str | Mapping[str, int] | None, shapes: Mapping[str, Shape]
+    caller: str, stacked: str | Mapping[str, int] | Stacked | None, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[int, ...]]:
     """Along which axes each leaf holds several layers, as users say."""
+    if isinstance(stacked, Stacked):  # What `unit_scale` takes as its axis.
+        stacked = {stacked.pattern: stacked.axis}
     patterns = {stacked: 0} if isinstance(stacked, str) else stacked or {}
     check_patterns(caller, "stacked", patterns, shapes)
     axes: dict[str, set[int]] = {name: set() for name in shapes}

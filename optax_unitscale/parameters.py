@@ -174,7 +174,8 @@ def _find(
     tree |= {name: x for name, (x, layer) in found.items() if layer.kind == "kernel"}
     arrays, groups = assign(plan, tree)
     by_name = {group.name: (arrays[group.leaves[0]], group.over[0]) for group in groups}
-    names = [name for name, x in tree.items() if x is not None]
+    # Sorted, for a restored tree may have another order.
+    names = sorted(name for name, x in tree.items() if x is not None)
     kernels = []
     for name in names:
         x, over = by_name[name]

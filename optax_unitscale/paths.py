@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_flatten_with_path
+from jax.tree_util import DictKey, GetAttrKey, KeyPath, keystr, tree_flatten_with_path
 
 __all__ = ["Path", "Prefix", "flatten", "gradients", "is_childless", "is_tree", "show", "some"]
 
@@ -85,7 +85,7 @@ def flatten(tree: Any, is_leaf: IsLeaf = None) -> list[tuple[Path, Any]]:
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
     boxes = _boxes(tree, is_leaf) if any(keys[-1:] == _VALUE for keys, _ in flat) else set()
     shown = [keys[:-1] if keys[:-1] in boxes else keys for keys, _ in flat]
-    every = [tuple(keystr((key,), simple=True) for key in keys) for keys in shown]
+    every = [tuple(map(_name, keys)) for keys in shown]
     counts = collections.Counter("/".join(names) for names in every)
     leaves = []
     for (keys, value), names in zip(flat, every, strict=True):
@@ -94,6 +94,12 @@ def flatten(tree: Any, is_leaf: IsLeaf = None) -> list[tuple[Path, Any]]:
             name = "/".join(repr(part) if "/" in part else part for part in names)
         leaves.append((Path(keys, names, name or "updates"), value))
     return leaves
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, DictKey) and isinstance(key.key, tuple):  # As flax.traverse_util makes.
+        return "/".join(map(str, key.key))
+    return keystr((key,), simple=True)
 
 
 def _boxes(tree: Any, is_leaf: IsLeaf) -> set[KeyPath]:

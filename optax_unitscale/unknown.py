@@ -1,5 +1,6 @@
 """The error about leaves that can be several things: all of them, and the lines to write."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -94,10 +95,11 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     conv = Kernel(tuple(most), last)
     if leaf in KERNELS and len(most) > 1 and shape[-2] == 1:
         depthwise = conv._replace(blocks=shape[last])
-        return [
-            (depthwise, "depthwise: a kernel for each channel"),
+        found: Readings = [
             (conv, "an ordinary one, of one channel"),
+            (depthwise, "depthwise: a kernel for each channel"),
         ]
+        return found[::-1] if re.search(r"depth|dw", name.lower()) else found
     if "transpose" in name.lower() and len(most) > 1:
         swapped = Kernel((*most[:-1], last), last - 1)
         return [(conv, "(..., in, out)"), (swapped, "(..., out, in), as in Keras")]
@@ -125,7 +127,8 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     batch = Kernel(last - 1, last)
     if own == "out":
         return [(conv, "a kernel, (heads, features, out)"), (batch, "several kernels, (in, out)")]
-    return [(forward, "a kernel, (in, heads, features)"), (batch, "several kernels, (in, out)")]
+    found = [(forward, "a kernel, (in, heads, features)"), (batch, "several kernels, (in, out)")]
+    return found[::-1] if re.search(r"expert|moe", name.lower()) else found
 
 
 def _in_stack(kind: Kind, shape: Shape, stack: tuple[int, ...]) -> Kind:

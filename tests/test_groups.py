@@ -260,7 +260,12 @@ def test_leaves_of_one_module_share_a_norm_in_scope_layer():
     assert list(gradient_norms([sample(2, 3)], scope="layer")) == ["updates"]
     # Flat, as what Keras and `flax.traverse_util.flatten_dict` give.
     flat = {"a/dense/kernel": sample(3, 5), "a/dense/bias": sample(5), "b/kernel": sample(2)}
-    assert list(gradient_norms(flat, scope="layer")) == ["a/dense", "b"]
+    for separator in "/.":
+        tree = {name.replace("/", separator): x for name, x in flat.items()}
+        assert [*gradient_norms(tree, scope="layer")] == [f"a{separator}dense", "b"]
+    tree = {tuple(name.split("/")): x for name, x in flat.items()}
+    assert [*gradient_norms(tree, scope="layer")] == ["a/dense", "b"]
+    assert [*gradient_norms(tree, scope={"a": "x", "b": "y"})] == ["x", "y"]
     stack = {"blocks": {"kernel": sample(2, 3, 4), "bias": sample(2, 4)}, "head": {"w": sample(3)}}
     norms = gradient_norms(stack, scope="layer", axis=stacked("blocks/**"))
     assert {name: norm.shape for name, norm in norms.items()} == {"blocks": (2,), "head": ()}

@@ -12,7 +12,7 @@ from common import line_of, readings_of, said, shapes, short
 from flax import linen as nn
 from flax import nnx
 
-from optax_unitscale import Kernel, layers_of
+from optax_unitscale import Kernel, layers_of, stacked
 from optax_unitscale.layers import layers_in
 
 KEY = jax.random.key(0)
@@ -87,6 +87,7 @@ def test_layers_stacked_by_linens_scan_are_refused_with_the_line_that_helps():
         layers_of(params)
     assert line_of(error) == 'layers_of(params, stacked="blocks/**")'
     found = said(params, stacked="blocks/**")
+    assert said(params, stacked=stacked("blocks/**")) == found
     # Two layers of two heads, so that biases are (2, 2, 4).
     assert found["blocks/attention/query/bias"] == "vector [0]"
     assert found["blocks/attention/query/kernel"] == "1 > 2 3 [0]"
@@ -345,6 +346,18 @@ def test_an_axis_of_layers_is_not_taken_for_one_of_space():
     for module in ("Conv_0", "conv1_d"):
         with pytest.raises(ValueError, match=rf"show what they are:\n  {module}/kernel"):
             layers_of({module: shapes(kernel=(5, 3, 3, 8, 8))})
+
+
+def test_the_line_to_copy_is_the_likely_one():
+    for name, shape, kind in (
+        ("Conv_0/kernel", (3, 3, 1, 32), Kernel((0, 1, 2), 3)),
+        ("depthwise/kernel", (3, 3, 1, 32), Kernel((0, 1, 2), 3, 32)),
+        ("moe/w_in", (4, 8, 16), Kernel(1, 2)),
+        ("w_in", (4, 8, 16), Kernel(0, (1, 2))),
+    ):
+        with pytest.raises(ValueError, match="keep the line that is right") as error:
+            layers_of({name: np.ones(shape, np.float32)})
+        assert [*readings_of(error)[0].values()] == [kind]
 
 
 def test_what_undoes_an_embedding_is_asked_for_the_kernel_first():

@@ -1,5 +1,6 @@
 """`keep_norm`: parameters keep the norm that they had at the start, each group by itself."""
 
+import collections
 import math
 import re
 from typing import Any
@@ -225,6 +226,16 @@ def test_the_radii_survive_a_checkpoint_and_map_params(tmp_path):
         assert jax.tree.structure(each) == jax.tree.structure(state)
         np.testing.assert_array_equal(each[1].radii, state[1].radii)
     np.testing.assert_allclose(state[1].radii, np.linalg.norm(params["kernel"], axis=0), rtol=1e-6)
+
+
+def test_the_radii_fit_parameters_that_were_restored_in_another_order():
+    params = {f"block_{i}": {"kernel": (i + 1) * jnp.eye(3)} for i in range(12)}
+    restored = collections.OrderedDict(reversed(params.items()))
+    tx = keep_norm()
+    still = jax.tree.map(jnp.zeros_like, restored)
+    steps, _ = tx.update(still, tx.init(params), restored)
+    for step in jax.tree.leaves(steps):
+        np.testing.assert_allclose(step, 0, atol=1e-6)
 
 
 def specs(experts: P, gates: P, kernel: P) -> dict[str, P]:
