@@ -137,7 +137,7 @@ def unit_muon(
 
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. Begin with 0.03. The best
-        rate was 0.03 to 0.06 on small GPTs of any width, depth, batch size and length of training,
+        rate was 0.02 to 0.045 on small GPTs of any width, depth, batch size and length of training,
         so none of these calls for a rule, and 0.13 to 0.25 on small MLPs.
       momentum: how much of the momentum is kept at each step. 0.95, Muon's, was a little worse on
         a small GPT, in runs of up to 1600 steps.
