@@ -1,6 +1,5 @@
 """`unit_sgd` and `unit_muon`: chains of this package's transformations and Optax's."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,8 +18,9 @@ from optax_unitscale.transform import unit_scale
 
 __all__ = ["unit_muon", "unit_sgd"]
 
-# If the norm of a row of an embedding's momentum is smaller, its step is shorter; a kernel's is
-# zero. Where the gradients of a million tokens are noise, a token that occurs once has this norm.
+# If the norm of a vector's momentum or of a row of an embedding's is smaller, its step is shorter;
+# a kernel's is zero. A token that occurs once in a million has a row of this norm where gradients
+# are noise.
 RARE = 1e-3
 
 
@@ -115,12 +115,11 @@ def unit_muon(
     ``optax.chain(orthogonalize(layers=layers), unit_muon(0.03, layers=layers))``. On text that is a
     little worse.
 
-    An embedding's gradient, too, has norm 1 before the momentum, and a row of the momentum takes a
-    shorter step if its norm is below 0.001. So a row comes to rest after its token was seen last:
-    within 100 steps where there are many rows, much as with Adam. So does a kernel that gets no
-    more gradients, such as one of an expert. Vectors are an exception: their gradients enter the
-    momentum as they are. So a vector moves on for some 800 steps, one gradient that is a million
-    times longer turns its steps for about a hundred, and in float16 one above 6000 overflows.
+    The gradient of every leaf has norm 1 before the momentum. So one batch counts as much as
+    another, however long its gradient is. Where the norm of the momentum is below 0.001, steps are
+    shorter. So a row of an embedding comes to rest after its token was seen last: within 100 steps
+    where there are many rows, much as with Adam. So does a leaf that gets no more gradients, such
+    as an expert's kernel.
 
     Steps are not shorter where rows are short, as those of pretrained models often are. There
     freeze the embeddings, or give them to Adam. What each leaf is, is asked of all of them, for a
@@ -185,14 +184,14 @@ def unit_muon(
         _check_whole("unit_muon", leaves)
         found = {path.name: layer for path, _, layer in leaves}
         whole = unit_scale(axis=lambda name, x: found[name].inputs + found[name].outputs)
-        row = functools.partial(unit_scale, axis=lambda name, x: found[name].outputs)
+        rows = unit_scale(axis=lambda name, x: found[name].outputs, min_norm=RARE)
         return optax.chain(
-            _where({"embedding", "kernel"}, found, whole),
+            _where({"embedding", "kernel", "vector"}, found, whole),
             optax.trace(momentum, nesterov, mu_dtype),
             _where({"kernel"}, found, _rest(found)),
             orthogonalize(layers=layers),
-            _where({"embedding"}, found, row(min_norm=RARE)),
-            _where({"vector"}, found, optax.chain(row(), optax.scale(0.1))),
+            _where({"embedding", "vector"}, found, rows),
+            _where({"vector"}, found, optax.scale(0.1)),
             scale_by_shape(layers=layers),
             _decay("unit_muon", weight_decay, mask, layers, tree),
             optax.scale_by_learning_rate(learning_rate),
