@@ -28,7 +28,7 @@ Rule = Callable[..., list[jax.Array]]  # Called as rule(leaves, scalar, norm, ov
 class Group(NamedTuple):
     """Leaves that share one norm, or one norm for each index of the axes that they keep.
 
-    `leaves` count through the flattened updates; `over` says for each what the norm runs over.
+    `leaves` are indices into the flattened updates; `over` says for each what the norm runs over.
     """
 
     name: str
@@ -115,8 +115,7 @@ def assign(plan: Plan, updates: Any) -> tuple[list[Any], tuple[Group, ...]]:
     over = dict(zip(indices, _reductions(plan, updates, leaves), strict=True))
     members: dict[Hashable, tuple[str, list[int]]] = {}
     for i, (label, name) in zip(indices, labels, strict=True):
-        _, own = members.setdefault(label, (name, []))
-        own.append(i)
+        members.setdefault(label, (name, []))[1].append(i)
     groups = []
     for name, own in members.values():
         _check_kept(plan.caller, [(*flat[i], over[i]) for i in own])
@@ -151,8 +150,7 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable,
             "assigns to layers. Give labels, such as scope=['dense', 'dense', 'head', 'head'], or "
             "use scope='leaf'."
         )
-    layers = [_layer(path) for path in paths]
-    return [(layer, "/".join(layer) or "updates") for layer in layers]
+    return [(layer, "/".join(layer) or "updates") for layer in map(_layer, paths)]
 
 
 def _layer(path: Path) -> tuple[str, ...]:

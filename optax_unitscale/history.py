@@ -61,7 +61,7 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
             f"{caller}: history has type {type(history).__name__}, expected a list of a dict of "
             "norms by name for each step, or one dict of arrays over the steps."
         )
-    # All at once, for otherwise each norm would wait for its own way from the device.
+    # All at once, for otherwise each norm would be a transfer of its own.
     history = jax.device_get(history)
     if not isinstance(history, Mapping):
         history = _stack(caller, history)
@@ -125,14 +125,14 @@ def _floats(caller: str, name: str, value: Any) -> np.ndarray:
 
 def _stack(caller: str, history: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     stacked: dict[str, np.ndarray] = {}
-    first = set(history[0]) if history else set()
+    first: Mapping[str, Any] = history[0] if history else {}
     for step, norms in enumerate(history):
-        if set(norms) != first:
+        if norms.keys() != first.keys():
             raise ValueError(
                 f"{caller}: steps 0 and {step} have different names, expected the same: only one "
-                f"of the two has {some(sorted(first ^ set(norms)))}. Pass them separately."
+                f"of the two has {some(sorted(first.keys() ^ norms.keys()))}. Pass them separately."
             )
-    for name in history[0] if history else ():
+    for name in first:
         values = [_floats(caller, name, norms[name]) for norms in history]
         shapes = list(dict.fromkeys(value.shape for value in values))
         if len(shapes) > 1:

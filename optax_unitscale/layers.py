@@ -85,7 +85,7 @@ class Layers(Mapping[str, Layer]):
         """Calls `function` with the layer of each leaf of `tree`, and returns a tree like it.
 
         An unknown leaf has the layer None. Use it for the masks and labels of other
-        transformations, such as one for each kind of leaf:
+        transformations, such as, where all leaves are known, one for each kind of leaf:
         ``optax.partition(rules, lambda tree: layers.map(lambda layer: layer.kind, tree))``.
         """
         values = [function(self._layers.get(path.name)) for path, _ in flatten(tree)]
@@ -168,8 +168,8 @@ def layers_in(
 ) -> list[tuple[Path, Any, Layer]]:
     """The leaves of updates or parameters that have a gradient, and what they are.
 
-    Those are not None, `optax.MaskedNode`, `float0`, empty, nor integers, which transformations
-    refuse by `check_dtype`.
+    None, `optax.MaskedNode`, `float0`, empty leaves and integers are left out; `gradients` refuses
+    the integers.
 
     Args:
       caller: for errors.

@@ -4,11 +4,11 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_unitscale.paths import Path, show
 
-__all__ = ["partitions", "reduced_as", "varying_axes", "without_reduced"]
+__all__ = ["on_all", "partitions", "reduced_as", "varying_axes", "without_reduced"]
 
 
 def varying_axes(x: jax.Array) -> tuple[Hashable, ...]:
@@ -30,6 +30,14 @@ def partitions(caller: str, path: Path, x: jax.Array) -> tuple[Any, ...]:
         )
     split = _partitions(spec)
     return (*split, *[None] * (x.ndim - len(split)))
+
+
+def on_all(x: jax.Array) -> jax.Array:
+    """On all devices of an explicit mesh, for JAX concatenates nothing that its axes split."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def without_reduced(x: jax.Array) -> jax.Array:

@@ -154,20 +154,20 @@ def _in_one_pass(
     `one`: 1.0 where a constant scale is taken, None on CPU, where none is.
     """
     plain = _scaled_norm(kind, over, leaves, one)
-    root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
+    root = _root(plain, over, leaves)
     return Norm(plain * root * root, root)
 
 
 def _at_three_scales(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
     limits = _RANGES[_accumulator(leaves)]
     plain, up, down = (_scaled_norm(kind, over, leaves, r) for r in (1.0, limits.up, limits.down))
-    root = _root(plain, _count(over, leaves), limits)
+    root = _root(plain, over, leaves)
     return Norm(jnp.where(root > 1, up, jnp.where(root < 1, down, plain)), root)
 
 
 def _with_branch(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
     plain = _scaled_norm(kind, over, leaves, None)
-    root = _root(plain, _count(over, leaves), _RANGES[plain.dtype])
+    root = _root(plain, over, leaves)
     again = functools.partial(_scaled_norm, kind, over, leaves, root)
     return Norm(lax.cond(jnp.all(root == 1), lambda: plain, again), root)
 
@@ -175,13 +175,14 @@ def _with_branch(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]
 def _in_float64(kind: str, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> Norm:
     with jax.enable_x64(True):
         norm = _scaled_norm(kind, over, leaves, None, np.dtype(np.float64))
-        root = _root(norm, _count(over, leaves), _RANGES[np.dtype(np.float32)])
+        root = _root(norm, over, leaves)
         return Norm((norm * root * root).astype(np.float32), root.astype(np.float32))
 
 
-def _root(plain: jax.Array, count: Any, limits: _Range) -> jax.Array:
+def _root(plain: jax.Array, over: tuple[Reduction, ...], leaves: list[jax.Array]) -> jax.Array:
     """The root of the scale that a norm needs, from the plain norm, which may be 0 or infinite."""
-    low = jnp.sqrt(jnp.asarray(count * limits.low**2, plain.dtype))
+    limits = _RANGES[_accumulator(leaves)]
+    low = jnp.sqrt(jnp.asarray(_count(over, leaves) * limits.low**2, plain.dtype))
     # NaN is not within the range either, and stays NaN at any scale.
     root = jnp.where(plain <= limits.high, 1.0, limits.down)
     return jnp.where(plain < low, limits.up, root).astype(plain.dtype)
@@ -228,7 +229,7 @@ def _sum_at_array(
     # A barrier, because `_opaque` would keep XLA:CPU from its fast sums.
     x, root = lax.optimization_barrier((x, root))
     fours: tuple[int, ...] = ()
-    if x.dtype.itemsize == 2 and dtype == np.float64:
+    if root is None and x.dtype.itemsize == 2 and dtype == np.float64:
         x, axes, fours = _by_fours(x, axes)
     parts = _real_parts(x, dtype)
     if root is not None:
@@ -288,15 +289,15 @@ def _(kind, over, primals, tangents):
     norm = _norm(kind, over, leaves)
     dtype = norm.value.dtype
 
+    names = [mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
+
     def total(values: list[jax.Array]) -> jax.Array:
-        axes = [mesh_axes(x, r) for x, r in zip(leaves, over, strict=True)]
-        pairs = zip(values, axes, strict=True)
-        sums = [lax.psum(value, names) if names else value for value, names in pairs]
-        return functools.reduce(lax.add, sums)
+        pairs = zip(values, names, strict=True)
+        return functools.reduce(lax.add, [lax.psum(y, n) if n else y for y, n in pairs])
 
     products, ties = [], []
     for x, dx, r in zip(leaves, slopes, over, strict=True):
-        x, dx = (_complex_of(_real_parts(y, dtype)) for y in (x, dx))
+        x = _complex_of(_real_parts(x, dtype))
         # The derivative along dx is the inner product of dx with this.
         dual = divide(x, norm, r.axes) if kind == "l2" else _sign(x)
         if kind == "linf":

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Group, Plan, assign, make_plan
-from optax_unitscale.mesh import without_reduced
+from optax_unitscale.mesh import on_all, without_reduced
 from optax_unitscale.norms import Reduction, norm_of
 from optax_unitscale.paths import some
 
@@ -89,7 +88,7 @@ def record_norms(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the norms of the last gradients in the state, and changes no gradient.
 
-    u = x. Put it where the gradients come in, first in an `optax.chain`, and read the norms with
+    Put it where the gradients come in, first in an `optax.chain`, and read the norms with
     `recorded_norms`. The state is one float32 vector for all leaves: NaN until there is a gradient,
     and for a leaf that has none, such as a frozen one whose gradient is None. It goes through
     `optax.MultiSteps` and `optax.apply_if_finite`, which leave it as it was in a step without an
@@ -254,20 +253,12 @@ def _rounded(leaves: list[jax.Array], *, norm: str, over: tuple[Reduction, ...])
 def _vector(leaves: list[Any], norm: str, groups: tuple[Group, ...], layout: Layout) -> jax.Array:
     norms = _norms(leaves, norm=norm, groups=groups)
     pieces = [
-        _on_all(norms[name]).ravel()
+        on_all(norms[name]).ravel()
         if name in norms
         else jnp.full(math.prod(shape), jnp.nan, jnp.float32)
         for name, shape in layout
     ]
     return jnp.concatenate(pieces) if pieces else jnp.zeros(0, jnp.float32)
-
-
-def _on_all(norms: jax.Array) -> jax.Array:
-    """The same norms on all devices, for JAX concatenates nothing that explicit axes split."""
-    mesh = jax.typeof(norms).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return norms
-    return jax.sharding.reshard(norms, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)

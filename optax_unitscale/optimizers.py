@@ -18,9 +18,8 @@ from optax_unitscale.transform import unit_scale
 
 __all__ = ["unit_muon", "unit_sgd"]
 
-# If the norm of a vector's momentum or of a row of an embedding's is smaller, its step is shorter;
-# a kernel's is zero. A token that occurs once in a million has a row of this norm where gradients
-# are noise.
+# Where its momentum has a smaller norm, a vector or a row of an embedding takes a shorter step, a
+# kernel none. Where gradients are noise, the row of a token that occurs once in a million has it.
 RARE = 1e-3
 
 
@@ -104,7 +103,8 @@ def unit_muon(
     For a kernel with :math:`n_{in}` inputs and :math:`n_{out}` outputs
 
     .. math:: M_t = \mu M_{t-1} + G_t / \|G_t\|, \quad
-              W_{t+1} = W_t - \alpha \sqrt{n_{out} / n_{in}} \, \mathrm{orthogonal}(M_t)
+              W_{t+1} = W_t - \alpha \sqrt{n_{out} / n_{in}} \,
+              \mathrm{orthogonal}(\mu M_t + G_t / \|G_t\|)
 
     so that all singular values of its step are nearly equal, and an input of RMS 1 changes the
     output by an RMS of about the rate at most. Each row of an embedding takes a step whose RMS is
@@ -115,15 +115,15 @@ def unit_muon(
     ``optax.chain(orthogonalize(layers=layers), unit_muon(0.03, layers=layers))``. On text that is a
     little worse.
 
-    The gradient of every leaf has norm 1 before the momentum. So one batch counts as much as
-    another, however long its gradient is. Where the norm of the momentum is below 0.001, steps are
-    shorter. So a row of an embedding comes to rest after its token was seen last: within 100 steps
-    where there are many rows, much as with Adam. So does a leaf that gets no more gradients, such
-    as an expert's kernel.
+    The gradient of every leaf has norm 1 before the momentum, that of each stacked layer by itself.
+    So one batch counts as much as another, however long its gradient is. Where the norm of the
+    momentum is below 0.001, rows and vectors take shorter steps, and kernels none. So a row of an
+    embedding comes to rest within 100 steps after its token was last seen, where there are many
+    rows (with Adam it moves less than half as far), and so does an expert that is used no more.
 
     Steps are not shorter where rows are short, as those of pretrained models often are. There
-    freeze the embeddings, or give them to Adam. What each leaf is, is asked of all of them, for a
-    part of the leaves shows less:
+    freeze the embeddings, or give them to Adam. Find the layers from the whole tree, for a part of
+    it shows less:
 
     .. code-block:: python
 
@@ -136,8 +136,8 @@ def unit_muon(
 
     Args:
       learning_rate: a number or a schedule, best one that ends at zero. Begin with 0.03. The best
-        rate was 0.02 to 0.045 on small GPTs of any width, depth, batch size and length of training,
-        so none of these calls for a rule, and 0.13 to 0.25 on small MLPs.
+        rate was 0.02 to 0.045 on small GPTs of any width, depth, batch size and length of training:
+        none of these calls for a rule. On small MLPs it was 0.13 to 0.25.
       momentum: how much of the momentum is kept at each step. 0.95, Muon's, was a little worse on
         a small GPT, in runs of up to 1600 steps.
       layers: what each leaf is: what `layers_of` returned, overrides for it, such as
@@ -181,14 +181,17 @@ def unit_muon(
 
     def chain(tree: Any) -> optax.GradientTransformation:
         leaves = layers_in("unit_muon", layers, tree)
-        _check_whole("unit_muon", leaves)
+        _check_whole(leaves)
         found = {path.name: layer for path, _, layer in leaves}
-        whole = unit_scale(axis=lambda name, x: found[name].inputs + found[name].outputs)
+
+        def whole(name: str, x: Any) -> tuple[int, ...]:
+            return found[name].inputs + found[name].outputs
+
         rows = unit_scale(axis=lambda name, x: found[name].outputs, min_norm=RARE)
         return optax.chain(
-            _where({"embedding", "kernel", "vector"}, found, whole),
+            _where({"embedding", "kernel", "vector"}, found, unit_scale(axis=whole)),
             optax.trace(momentum, nesterov, mu_dtype),
-            _where({"kernel"}, found, _rest(found)),
+            _where({"kernel"}, found, _rest(whole)),
             orthogonalize(layers=layers),
             _where({"embedding", "vector"}, found, rows),
             _where({"vector"}, found, optax.scale(0.1)),
@@ -216,11 +219,8 @@ def _for_each_tree(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _rest(layers: Mapping[str, Layer]) -> optax.GradientTransformation:
-    """Zeroes the momentum of kernels that have had no gradient for long: its direction stays."""
-
-    def axes(name: str, x: Any) -> tuple[int, ...]:
-        return layers[name].inputs + layers[name].outputs
+def _rest(axes: Callable[[str, Any], tuple[int, ...]]) -> optax.GradientTransformation:
+    """Zeroes the momentum of kernels without gradients for long: else their steps stay full."""
 
     def update(updates: Any, params: Any = None) -> Any:
         del params
@@ -234,11 +234,11 @@ def _rest(layers: Mapping[str, Layer]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _check_whole(caller: str, leaves: list[tuple[Path, Any, Layer]]) -> None:
+def _check_whole(leaves: list[tuple[Path, Any, Layer]]) -> None:
     """Refuses parts of leaves: their rows and shapes are not those of the whole ones."""
     if parts := [path.name for path, x, _ in leaves if varying_axes(x)]:
         raise ValueError(
-            f"{caller}: in jax.shard_map {some(parts)} vary over mesh axes: they may be parts of "
+            f"unit_muon: in jax.shard_map {some(parts)} vary over mesh axes: they may be parts of "
             "leaves, expected whole ones. Call the optimizer outside, under jax.jit; or, where "
             "every device has whole leaves, in jax.shard_map(check_vma=False)."
         )
@@ -248,11 +248,10 @@ def _where(
     kinds: set[str], layers: Mapping[str, Layer], inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """A transformation of the leaves of some kinds, which leaves the others as they are."""
+    names = {name for name, layer in layers.items() if layer.kind in kinds}
 
     def mask(tree: Any) -> Any:
-        is_one = [
-            path.name in layers and layers[path.name].kind in kinds for path, _ in flatten(tree)
-        ]
+        is_one = [path.name in names for path, _ in flatten(tree)]
         return jax.tree.unflatten(jax.tree.structure(tree), is_one)
 
     # A function, for Optax would call an Equinox model.

@@ -76,8 +76,8 @@ def orthogonalize(
       sharding of every leaf; None, `optax.MaskedNode`, `float0` and empty leaves pass through.
 
     Raises:
-      TypeError: a leaf is neither floating nor complex; `coefficients` or `steps` is something
-        else, or traced.
+      TypeError: a leaf is neither floating nor complex; `coefficients` or `steps` has the
+        wrong type or is traced.
       ValueError: what a leaf is cannot be told, as `layers_of`, also at `init`; `coefficients` is
         unknown or has not one triple for each step; in `jax.shard_map` a kernel varies over mesh
         axes; `jax.export` leaves an axis of a kernel open, as it may those of the data.
@@ -146,9 +146,8 @@ def orthogonalize(
         kernels = [_kernel(path, x, known.get(path.name)) for path, x in flat]
         plain = [without_reduced(x) if k else x for (_, x), k in zip(flat, kernels, strict=True)]
         results = _orthogonalize(plain, kernels=tuple(kernels), steps=chosen)
-        for i, (_, x) in enumerate(flat):
-            if kernels[i]:
-                results[i] = reduced_as(x, results[i])
+        pairs = zip(flat, kernels, results, strict=True)
+        results = [reduced_as(x, y) if kernel else y for (_, x), kernel, y in pairs]
         return jax.tree.unflatten(jax.tree.structure(updates), results), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -211,9 +210,7 @@ def _each(stack: Stack, axes: tuple[str, ...], steps: Steps) -> Stack:
     """The polar factor of each matrix of a stack, whose columns are split over mesh axes."""
     # Those whose columns are split are large. XLA:TPU makes no reduce-scatter of a batch.
     most = min(len(stack), BATCH // math.prod(stack.shape[1:])) if not axes else 1
-    one, several = (
-        functools.partial(_polar, axes=axes, steps=steps, is_narrow=x) for x in (False, True)
-    )
+    one, several = (functools.partial(_polar, axes, steps, narrow) for narrow in (False, True))
     return lax.platform_dependent(
         stack,
         # One at a time, which stays in the cache.
@@ -222,7 +219,7 @@ def _each(stack: Stack, axes: tuple[str, ...], steps: Steps) -> Stack:
     )
 
 
-def _polar(x: jax.Array, axes: tuple[str, ...], steps: Steps, is_narrow: bool) -> jax.Array:
+def _polar(axes: tuple[str, ...], steps: Steps, is_narrow: bool, x: jax.Array) -> jax.Array:
     """The polar factor of one matrix, whose products are in bfloat16 if `is_narrow`.
 
     Each of the devices along mesh `axes` has some of its columns, and computes some rows of the
@@ -253,15 +250,11 @@ def _polar(x: jax.Array, axes: tuple[str, ...], steps: Steps, is_narrow: bool) -
         factor = b * gram + c * product(gram, whole(gram.astype(narrow)))
         return (a * x.astype(wide) + product(whole(factor.astype(narrow)), x)).astype(narrow), None
 
-    unit = _unit(x.astype(wide), axes)
+    unit = x.astype(wide)
+    unit = divide(unit, norm_of("l2", (Reduction((0, 1), axes),), [unit]), (0, 1))
     if steps.scales_rows:
         total = whole(jnp.sum(jnp.abs(gram_of(unit)), axis=1, keepdims=True))
         safe = jnp.where(total > 0, total, 1)
         unit = unit * jnp.where(total > 0, lax.rsqrt(safe), 0).astype(wide)
     polar, _ = lax.scan(step, unit.astype(narrow), jnp.asarray(steps.triples, wide))
     return polar.astype(x.dtype)
-
-
-def _unit(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A matrix over its Frobenius norm."""
-    return divide(x, norm_of("l2", (Reduction((0, 1), axes),), [x]), (0, 1))

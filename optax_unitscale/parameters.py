@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
-from optax_unitscale.mesh import reduced_as, varying_axes, without_reduced
+from optax_unitscale.mesh import on_all, reduced_as, varying_axes, without_reduced
 from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, norm_of
 from optax_unitscale.paths import flatten, is_childless, some
 
@@ -148,9 +147,8 @@ def keep_norm(
             )
         if radius is not None:
             radii = jnp.full_like(radii, radius)
-        flat = flatten(updates)
-        _check_names([path.name for path, _ in flat], params)
-        steps = {path.name: x for path, x in flat}
+        steps = {path.name: x for path, x in flatten(updates)}
+        _check_names(steps, params)
         given = [steps.get(name) for name in names]
         plain = [None if x is None else without_reduced(jnp.asarray(x)) for x in given]
         kept = _retract(leaves, plain, radii, norm=norm, kernels=kernels)
@@ -198,7 +196,7 @@ def _axes(layer: Layer) -> tuple[int, ...]:
     return layer.inputs + (layer.outputs if layer.blocks == 1 else layer.outputs[1:])
 
 
-def _check_names(names: Sequence[str], params: Any) -> None:
+def _check_names(names: Iterable[str], params: Any) -> None:
     known = {path.name for path, _ in flatten(params)}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
@@ -211,7 +209,7 @@ def _check_names(names: Sequence[str], params: Any) -> None:
 def _measure(leaves: list[jax.Array], *, norm: str, kernels: tuple[_Kernel, ...]) -> jax.Array:
     """The norms of all groups."""
     norms = [_norm_of(norm, kernel, x) for x, kernel in zip(leaves, kernels, strict=True)]
-    radii = [_whole(value / root / root).ravel() for value, root in norms]
+    radii = [on_all(value / root / root).ravel() for value, root in norms]
     # A norm that the radii cannot hold; an infinite one would make zeros of the parameters.
     radii = [jnp.where(jnp.isinf(x), jnp.nan, x) for x in radii]
     dtype = np.result_type(np.float32, *(x.dtype for x in radii))
@@ -267,7 +265,7 @@ def _norm_of(norm: str, kernel: _Kernel, x: jax.Array) -> Norm:
     if kernel.blocks == 1:
         return found
     before, after = kernel.groups[: kernel.column + 1], kernel.kept[kernel.column + 1 :]
-    columns = _whole(found.value / found.root / found.root).reshape(*before, -1, *after)
+    columns = on_all(found.value / found.root / found.root).reshape(*before, -1, *after)
     return norm_of(norm, (Reduction((kernel.column + 1,), ()),), [columns])
 
 
@@ -276,11 +274,3 @@ def _spread(kernel: _Kernel, x: jax.Array) -> jax.Array:
     if kernel.blocks == 1:
         return x
     return jnp.repeat(x, kernel.kept[kernel.column] // kernel.blocks, kernel.column)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """On every device of an explicit mesh; elsewhere the compiler sees to that."""
-    sharding = jax.typeof(x).sharding
-    if sharding.is_fully_replicated:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -114,7 +114,8 @@ def gradients(caller: str, updates: Any) -> list[tuple[Path, Any]]:
     """The leaves as arrays, which they need not be outside `jax.jit`; integers are refused."""
     leaves = []
     for path, x in flatten(updates):
-        if getattr(x, "dtype", None) != jax.dtypes.float0:  # An integer's gradient has no number.
+        # The gradient of an integer is float0, which holds no numbers.
+        if getattr(x, "dtype", None) != jax.dtypes.float0:
             x = x if isinstance(x, jax.Array) else jnp.asarray(x)
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 raise TypeError(

@@ -67,9 +67,9 @@ def unit_scale(
       The norm of the result is 1 within a few units of the leaf's precision for every element in
       the dtype's normal range, except after the sequential sums described below. There is no
       epsilon. Sums are accumulated in float32, at a power-of-two scale where squares would overflow
-      or vanish. They are accumulated in float64 if the group holds float64 or complex128, if on CPU
-      all its leaves have fewer than 4096 elements, and if on GPU one of its leaves keeps its last
-      axis.
+      or vanish. They are accumulated in float64 if the group holds float64 or complex128, on CPU
+      also if all its leaves have fewer than 4096 elements, and on GPU also if one of its leaves
+      keeps its last axis.
 
       Where XLA adds one element after the other, the sum of n equal ones can be off by up to n
       units. On CPU it does so when a kept axis lies between summed ones, when a leaf has nine axes

@@ -47,6 +47,15 @@ def test_a_leaf_of_any_size_and_dtype_has_unit_norm_at_every_magnitude(dtype, re
             check_group([result], [gradient], "l2")
 
 
+@cpu_and_gpu
+def test_leaves_of_16_bits_may_share_columns_with_float64(platform, x64):
+    tree = [sample((8, 6, 3), dtype) for dtype in ("float16", "bfloat16", "float64")]
+    unit = program(lambda tree: scaled(tree, scope="global", axis=(0, 1)), tree, platform)
+    results = unit(tree)
+    for column in range(3):
+        check_group([x[..., column] for x in results], [x[..., column] for x in tree], "l2")
+
+
 @functools.cache
 def small_and_large(platform: str) -> Any:
     """All norms of a small leaf, a large one, its rows, and both leaves together."""

@@ -275,6 +275,15 @@ def test_sharded_parameters_keep_their_norms_and_layout_and_no_kernel_is_sent(ki
     assert max(math.prod(int(n) for n in sizes.split(",") if n) for sizes in sent) <= 64
 
 
+def test_a_mesh_axis_of_one_device_splits_nothing():
+    kinds = {"axis_types": (AxisType.Explicit,) * 2, "devices": jax.devices("cpu")[:8]}
+    with jax.set_mesh(mesh := jax.make_mesh((1, 8), ("a", "b"), **kinds)):
+        split = specs(P("a", None, "b"), P(None, "b"), P("b"))
+        trees = [shard(tree, mesh, split) for tree in (PARAMS, STEPS)]
+        result, _ = jax.jit(lambda *trees: both(OPTIMIZER, *trees))(*trees)
+    check_near(result)
+
+
 def test_in_shard_map_norms_run_over_shards_and_not_over_replicas():
     split = specs(P(None, "a", "b"), P(), P("b"))
     step = shard_map(lambda *trees: both(OPTIMIZER, *trees), (split, split), (split, P()))
