@@ -225,7 +225,8 @@ def _find(
     parameters, modules_around = open_model(model)
     leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
-    if overrides:
+    # optax.tree.map_params calls init with a placeholder for all leaves, which has no name.
+    if overrides and (leaves or not is_childless(parameters)):
         names = [path.name for path, _ in flatten(parameters, is_childless)]
         check_patterns(caller, "overrides", overrides, names)
     stacks = stacked_axes(caller, stacked, shapes)

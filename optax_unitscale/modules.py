@@ -83,7 +83,8 @@ def declared(modules: list[Any], names: tuple[str, ...]) -> Declared | None:
     module, above = modules[-1], modules[-2] if len(modules) > 1 else None
     rule = next((RULES[known] for known in _types(module) if known in RULES), None)
     said = rule(module).get(names[-1]) if rule else None
-    if said and names[-1] == "kernel" and ("flax", "RNNCellBase") in _types(above):
+    is_gates = names[-2:] in (("dense_i", "kernel"), ("dense_h", "kernel"))
+    if said and is_gates and ("flax", "RNNCellBase") in _types(above):
         gates = module.out_features // getattr(above, "hidden_features", module.out_features)
         return said._replace(kind=Kernel(0, 1, gates))
     return said

@@ -148,7 +148,8 @@ def unit_muon(
         test split, and a little behind in training.
       mask: what decays, as in `optax.adamw`: by default kernels only.
       keep_norm: whether each kernel keeps the norm that it has at `init`, as by `keep_norm`.
-      mu_dtype: the dtype of the momentum; by default that of the parameters.
+      mu_dtype: the dtype of the momentum; by default that of the parameters, or from the first step
+        on that of the gradients if it is wider. `jax.lax.scan` over such steps needs it set.
       nesterov: whether the momentum is Nesterov's.
 
     Returns:
@@ -255,7 +256,20 @@ def _where(
         return jax.tree.unflatten(jax.tree.structure(tree), is_one)
 
     # A function, for Optax would call an Equinox model.
-    return optax.masked(inner, mask)
+    return _masked(inner, mask)
+
+
+def _masked(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
+    """`optax.masked`, where parameters may have leaves that updates have not, as in Equinox."""
+    tx = optax.masked(inner, mask)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is not None:
+            is_none = {"is_leaf": lambda x: x is None}
+            params = jax.tree.map(lambda x, p: x if x is None else p, updates, params, **is_none)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _decay(
@@ -275,6 +289,6 @@ def _decay(
             "one. Under optax.inject_hyperparams name it in static_args=('mask',)."
         )
     if mask is not None:
-        return optax.masked(decay, (lambda _: mask) if is_tree(mask) else mask)
+        return _masked(decay, (lambda _: mask) if is_tree(mask) else mask)
     found = {path.name: layer for path, _, layer in layers_in(caller, layers, tree)}
     return _where({"kernel"}, found, decay)

@@ -183,9 +183,10 @@ def _orthogonalize(
     groups = collections.defaultdict(list)
     for i, (x, kernel) in enumerate(zip(leaves, kernels, strict=True)):
         if kernel:
-            groups[*sorted(kernel[0].fans(x.shape)), x.dtype].append(i)
+            mesh = jax.typeof(x).sharding.mesh
+            groups[*sorted(kernel[0].fans(x.shape)), x.dtype, mesh].append(i)
     leaves, function = list(leaves), functools.partial(_each, steps=steps)
-    for (rows, columns, _), members in groups.items():
+    for (rows, columns, *_), members in groups.items():
         # Each step has 4 rows**2 * columns + 2 rows**3 FLOPs; devices that share a matrix receive
         # 8 bytes for each element of A in it, 4 to add it up and 2 each for it and the polynomial.
         work = (4 * columns + 2 * rows) / 8 / FLOPS_A_BYTE

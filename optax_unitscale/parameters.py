@@ -166,6 +166,8 @@ def _find(
 ) -> tuple[list[str], list[jax.Array], tuple[_Kernel, ...]]:
     """The kernels among the parameters: names, arrays, and what their norms run over."""
     found = {path.name: (x, layer) for path, x, layer in layers_in(plan.caller, layers, params)}
+    if not found:  # Also where optax.tree.map_params calls init with a placeholder for all leaves.
+        return [], [], ()
     if is_by_layer:
         plan = plan._replace(axis=lambda name, x: _axes(found[name][1]))
     tree: dict[str, Any] = {path.name: None for path, _ in flatten(params, is_childless)}
@@ -242,7 +244,8 @@ def _retract(
 def _retract_one(
     p: jax.Array, step: jax.Array, radius: jax.Array, norm: str, kernel: _Kernel
 ) -> jax.Array:
-    dtype = np.result_type(np.float32, p.dtype, step.dtype)
+    # In pairs, for NumPy knows none that float16 and bfloat16 have in common.
+    dtype = np.result_type(np.result_type(np.float32, p.dtype), step.dtype)
     p, wide = p.astype(dtype), step.astype(dtype)
     # Other kernels' radii may differ between the devices of jax.shard_map, this one's do not.
     if others := tuple(set(varying_axes(radius)) - set(varying_axes(p))):

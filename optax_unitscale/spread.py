@@ -46,7 +46,11 @@ def spread(
     leaves, shardings = list(leaves), [jax.typeof(x).sharding for x in leaves]
     if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
         own = functools.partial(_spread, function, view, places, shardings, work)
-        results: Any = jax.sharding.auto_axes(own, out_sharding=shardings)(leaves)
+        mesh = shardings[0].mesh
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        # Those of a surrounding jax.shard_map stay manual.
+        axes = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+        results: Any = jax.sharding.auto_axes(own, axes=axes, out_sharding=shardings)(leaves)
         return results
     return _spread(function, view, places, names, work, leaves)
 

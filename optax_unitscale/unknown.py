@@ -55,10 +55,14 @@ def explain(
             entries[_pattern(name, readings, shapes)] = found
     shown = ", ".join(f'"{pattern}": {_written(can[0][0])}' for pattern, can in entries.items())
     said = [f"{{{shown}}}"] if entries else []
-    if stacks:
-        every = ", ".join(f'"{above}/**": {axis}' for above, axis in stacks.items())
-        is_first = len(stacks) == 1 and 0 in stacks.values()
-        said.append(f'stacked="{next(iter(stacks))}/**"' if is_first else f"stacked={{{every}}}")
+    patterns = {f"{above}/**": axis for above, axis in stacks.items()}
+    for name in unknown:
+        if name in typed and not any(matches(each, name) for each in (*patterns, *entries)):
+            patterns[name] = 0
+    if patterns:
+        every = ", ".join(f'"{pattern}": {axis}' for pattern, axis in patterns.items())
+        is_first = [*patterns.values()] == [0]
+        said.append(f'stacked="{next(iter(patterns))}"' if is_first else f"stacked={{{every}}}")
     argument = "" if caller == "layers_of" else "layers="
     model = "model" if typed else "params"
     lines.append(f"Write, for example, {argument}layers_of({model}, {', '.join(said)}).")

@@ -124,6 +124,26 @@ def test_layers_stacked_by_nnxs_vmap_are_known_by_types(axis):
     assert found["attention/query/bias"] == found["norm/scale"] == f"vector [{axis}]"
 
 
+def test_a_layer_that_users_put_into_a_cell_has_no_gates():
+    class Decoder(nnx.RNNCellBase):
+        def __init__(self, rngs):
+            self.hidden_features = 5
+            self.cell = nnx.OptimizedLSTMCell(3, 5, rngs=rngs)
+            self.head = nnx.Linear(5, 20, rngs=rngs)
+
+    layers = layers_of(Decoder(nnx.Rngs(0)))
+    assert layers["head/kernel"].blocks == 1
+    assert layers["cell/dense_h/kernel"].blocks == 4
+
+
+def test_stacks_of_one_leaf_get_a_line_to_copy_too():
+    model = eqx.filter_vmap(lambda key: eqx.nn.Conv2d(3, 3, 3, key=key))(jax.random.split(KEY, 3))
+    with pytest.raises(ValueError, match="Write") as error:
+        layers_of(model)
+    assert line_of(error) == 'layers_of(model, stacked={"weight": 0, "bias": 0})'
+    assert layers_of(model, stacked={"weight": 0, "bias": 0})["weight"].batch == (0,)
+
+
 def test_a_stack_as_high_as_it_is_wide_is_refused():
     make = eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, use_bias=False, key=key))
     model = {"blocks": [eqx.filter_eval_shape(make, jax.random.split(KEY, 4))] * 2}

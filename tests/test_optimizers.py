@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
-from optax_unitscale import Kernel, layers_of, stacked, unit_muon, unit_sgd
+from optax_unitscale import Kernel, keep_norm, layers_of, stacked, unit_muon, unit_sgd
 
 HERE = pathlib.Path(__file__).parent
 OPTIMIZERS = {
@@ -332,6 +332,34 @@ def test_a_layer_of_modules_need_not_be_the_trees():
     for tx in (unit_muon(0.1), unit_muon(0.1, layers=layers)):
         updates = updates_of(tx, params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("make", [unit_muon, functools.partial(unit_sgd, weight_decay=0.1)])
+def test_an_equinox_model_may_be_given_whole_or_partly_frozen(make):
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    params: Any = eqx.filter(model, eqx.is_inexact_array)
+    part: Any = eqx.tree_at(lambda tree: tree.layers[0].weight, params, None)
+    tx: Any = make(0.1)
+    wanted = updates_of(tx, params, params)
+    whole, _ = tx.update(params, tx.init(params), model)
+    frozen, _ = tx.update(part, tx.init(part), params)
+    for result in (whole, frozen):
+        np.testing.assert_allclose(result.layers[1].weight, wanted.layers[1].weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        unit_muon(0.1, layers={"a/kernel": Kernel(0, 1)}, keep_norm=True),
+        keep_norm(axis={"a": {"kernel": 0}}),
+        keep_norm(axis=stacked("a/**")),
+    ],
+)
+def test_map_params_finds_the_state_whatever_the_layers_are(tx):
+    params = {"a": {"kernel": jnp.eye(4)}}
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda x: x, state)
+    jax.tree.map(np.testing.assert_array_equal, mapped, state)
 
 
 class BatchNormCNN(nnx.Module):

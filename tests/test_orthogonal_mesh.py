@@ -257,6 +257,25 @@ def test_where_some_mesh_axes_are_shard_maps_the_others_are_used():
     assert sent(program, tree)[0] == {"all-to-all"}
 
 
+def test_shard_map_may_take_some_axes_of_an_explicit_mesh():
+    kernel = sample((8, 16), np.float32)
+    with jax.set_mesh(make_mesh(AxisType.Explicit)):
+        split = jax.shard_map(update, in_specs=(P(),), out_specs=P(), axis_names={"a"})
+        result = jax.jit(split)({"kernel": kernel})
+    np.testing.assert_allclose(result["kernel"], update({"kernel": kernel})["kernel"], atol=1e-6)
+
+
+def test_kernels_on_a_mesh_and_off_it_may_have_one_shape():
+    kernels = [sample((16, 8), np.float32, seed=seed) for seed in (0, 1)]
+    mesh = fsdp(AxisType.Explicit)
+    tree = [{"kernel": x} for x in (*shard(kernels[:1], mesh, [P("fsdp")]), kernels[1])]
+    results = jax.jit(update)(tree)
+    check_layout(results[0], tree[0])
+    for result, kernel in zip(results, kernels, strict=True):
+        wanted = update({"kernel": kernel})["kernel"]
+        np.testing.assert_allclose(result["kernel"], wanted, atol=1e-6)
+
+
 def test_types_with_reduced_axes_keep_them_and_unreduced_ones_are_refused():
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):

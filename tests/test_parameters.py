@@ -148,6 +148,14 @@ def test_multi_steps_inside_or_outside_changes_nothing_between_its_steps(dtype):
         assert moves[1] > 0
 
 
+def test_steps_in_float16_of_parameters_in_bfloat16_keep_norm():
+    params = {"kernel": jnp.ones((4, 3), jnp.bfloat16)}
+    tx: Any = keep_norm()
+    step, _ = tx.update({"kernel": jnp.full((4, 3), 0.5, jnp.float16)}, tx.init(params), params)
+    assert step["kernel"].dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(step["kernel"], float), 0, atol=1e-3)
+
+
 def test_a_radius_is_kept_from_zero_on_and_follows_an_injected_schedule():
     params: Any = {"kernel": jnp.zeros((4, 6))}
     schedule = optax.piecewise_constant_schedule(3.0, {1: 2.0})
