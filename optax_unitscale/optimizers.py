@@ -265,8 +265,9 @@ def _masked(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTra
 
     def update(updates, state, params=None, **extra_args):
         if params is not None:
-            is_none = {"is_leaf": lambda x: x is None}
-            params = jax.tree.map(lambda x, p: x if x is None else p, updates, params, **is_none)
+            params = jax.tree.map(
+                lambda x, p: None if x is None else p, updates, params, is_leaf=lambda x: x is None
+            )
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

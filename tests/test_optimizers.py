@@ -152,13 +152,15 @@ def test_each_kind_of_leaf_gets_its_step():
 def test_how_long_a_gradient_was_does_not_count(dtype, exponents):
     rng = np.random.default_rng(0)
     shapes = {"embed": {"embedding": (5, 16)}, "up": {"kernel": (16, 8), "bias": (8,)}}
+    shapes |= {"blocks": {"kernel": (3, 16, 4)}}
+    layers = {"blocks/kernel": Kernel(1, 2)}
     gradients = [
         jax.tree.map(lambda s: rng.normal(size=s), shapes, is_leaf=lambda s: isinstance(s, tuple))
         for _ in exponents
     ]
 
     def steps(magnitudes: Any) -> Any:
-        tx, updates = unit_muon(1.0), []
+        tx, updates = unit_muon(1.0, layers=layers), []
         state = tx.init(jax.tree.map(lambda x: jnp.asarray(x, dtype), gradients[0]))
         for gradient, magnitude in zip(gradients, magnitudes, strict=True):
             scaled = jax.tree.map(lambda x, by=magnitude: jnp.asarray(x * by, dtype), gradient)
@@ -169,7 +171,8 @@ def test_how_long_a_gradient_was_does_not_count(dtype, exponents):
     lengths = 2.0 ** np.array(exponents)
     pairs = zip(jax.tree.leaves(steps(lengths)), jax.tree.leaves(steps(np.ones(6))), strict=True)
     for one, two in pairs:
-        tolerance = 16 * float(jnp.finfo(dtype).eps * jnp.max(jnp.abs(two)))
+        # A power of two changes what `unit_scale` gives by at most 3 units.
+        tolerance = 4 * float(jnp.finfo(dtype).eps * jnp.max(jnp.abs(two)))
         np.testing.assert_allclose(one.astype(float), two.astype(float), atol=tolerance)
 
 
@@ -311,18 +314,18 @@ def test_parts_of_leaves_in_shard_map_are_refused_all_of_them_and_whole_ones_wor
     params = {"embed": {"embedding": jnp.ones((8, 4))}, "dense": {"bias": jnp.ones(4)}}
     tx = unit_muon(0.03)
 
+    def eager(tree: Any) -> Any:
+        return tx.update(tree, tx.init(tree))[0]
+
     def step(spec: Any, **options: Any) -> Any:
         specs = {"in_specs": (spec,), "out_specs": spec}
-        split = jax.shard_map(lambda tree: updates_of(tx, tree), mesh=mesh, **specs, **options)
-        return jax.jit(split)
+        return jax.shard_map(eager, mesh=mesh, **specs, **options)
 
     parts = {"embed": {"embedding": P("a")}, "dense": {"bias": P("b")}}
     with pytest.raises(ValueError, match=r"unit_muon: .*'dense/bias', 'embed/embedding'.* vary"):
         step(parts)(params)
-    wanted = updates_of(tx, params)
     for options in ({}, {"check_vma": False}):
-        result = step(P(), **options)(params)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), result, wanted)
+        jax.tree.map(np.testing.assert_array_equal, step(P(), **options)(params), eager(params))
 
 
 def test_a_layer_of_modules_need_not_be_the_trees():
@@ -342,7 +345,7 @@ def test_an_equinox_model_may_be_given_whole_or_partly_frozen(make):
     tx: Any = make(0.1)
     wanted = updates_of(tx, params, params)
     whole, _ = tx.update(params, tx.init(params), model)
-    frozen, _ = tx.update(part, tx.init(part), params)
+    frozen, _ = tx.update(part, tx.init(params), params)
     for result in (whole, frozen):
         np.testing.assert_allclose(result.layers[1].weight, wanted.layers[1].weight, rtol=1e-5)
 
