@@ -9,6 +9,7 @@ from optax_unitscale.overrides import Kernel, Kind, Shape, as_ints
 __all__ = ["kind_by_name", "split"]
 
 PROJECTIONS = ("query", "key", "value")
+VECTORS = ("bias", "b", "scale", "offset")
 KERNELS = ("kernel", "w", "w_i", "w_h", "recurrent_kernel")
 # Names of kernels that hold query, key and value at once, or key and value.
 FUSED = {
@@ -38,7 +39,7 @@ def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -
         return _kernel(module, leaf, shapes) if is_flax else None
     if leaf.endswith(("lora_a", "lora_b")):
         return _low_rank(name, shapes) if is_flax else None
-    if leaf in ("bias", "b", "scale", "offset"):
+    if leaf in VECTORS:
         is_vector = is_flat or _is_bias_of_several(module, shape, shapes)
         return "vector" if is_vector else None
     # Such as the (1, 1, features) of a class token, in which there is no matrix.

@@ -146,15 +146,15 @@ def _labels(plan: Plan, updates: Any, paths: list[Path]) -> list[tuple[Hashable,
     is_item = [len(path.keys) == 1 and isinstance(path.keys[0], SequenceKey) for path in paths]
     if any(is_item) and len(paths) > 1:
         raise ValueError(
-            f"{plan.caller}: scope is 'layer', but the updates are a list of arrays, which no name "
-            "assigns to layers. Give labels, such as scope=['dense', 'dense', 'head', 'head'], or "
-            "use scope='leaf'."
+            f"{plan.caller}: scope is 'layer', the default of unit_sgd, but the updates are a list "
+            "of arrays, which no name assigns to layers. Give labels, such as scope=['dense', "
+            "'dense', 'head', 'head'], or use scope='leaf'."
         )
     return [(layer, "/".join(layer) or "updates") for layer in map(_layer, paths)]
 
 
 def _layer(path: Path) -> tuple[str, ...]:
-    """What a leaf is in, also where a flat tree has "dense/kernel" or "dense.kernel" for keys."""
+    """The names of the module that a leaf is in; keys may be "dense/kernel" or "dense.kernel"."""
     *outer, last = path.names or ("",)
     above = re.match(r"(.+)[/.]", last)
     return (*outer, above[1]) if above else tuple(outer)

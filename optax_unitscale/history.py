@@ -76,7 +76,9 @@ def lines_of(caller: str, history: Any) -> dict[str, np.ndarray]:
         lines.update(_slices(name, values))
     steps = sorted({line.size for line in lines.values()})
     if steps in ([], [0]):
-        raise ValueError(f"{caller}: there are no norms, expected at least one of one step.")
+        raise ValueError(
+            f"{caller}: there are no norms, expected at least one norm for at least one step."
+        )
     if len(steps) > 1:
         raise ValueError(
             f"{caller}: history has arrays of {steps} steps, expected the same number in each. "

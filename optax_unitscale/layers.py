@@ -142,7 +142,7 @@ def layers_of(
       leaves have none.
 
     Raises:
-      TypeError: an override is none of those above.
+      TypeError: `overrides` is no dict, or one of them is none of those above.
       ValueError: what a leaf is cannot be told; a pattern fits no leaf; axes do not fit.
 
     Examples:
@@ -155,6 +155,11 @@ def layers_of(
       >>> layers["qkv/bias"].kind
       'vector'
     """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"layers_of: overrides is {overrides!r}, expected a dict from patterns to a Kernel, "
+            "'embedding' or 'vector'. Stacked layers are named by stacked=."
+        )
     found = _find("layers_of", model_or_params, overrides or {}, stacked)
     shapes = {path.name: x.shape for path, x, _ in found}
     return Layers({path.name: layer for path, _, layer in found}, shapes)
@@ -222,13 +227,14 @@ def _find(
     stacked: str | Mapping[str, int] | Stacked | None,
     known: Mapping[str, Layer] | None = None,
 ) -> list[tuple[Path, Any, Layer]]:
+    argument = "overrides" if caller == "layers_of" else "layers"
     parameters, modules_around = open_model(model)
     leaves = _trained(parameters, modules_around)
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
     # optax.tree.map_params calls init with a placeholder for all leaves, which has no name.
     if overrides and (leaves or not is_childless(parameters)):
         names = [path.name for path, _ in flatten(parameters, is_childless)]
-        check_patterns(caller, "overrides", overrides, names)
+        check_patterns(caller, argument, overrides, names)
     stacks = stacked_axes(caller, stacked, shapes)
     single = {name: _without(shape, stacks[name]) for name, shape in shapes.items()}
     modules = {path.name: modules_around(path) for path, _ in leaves}
@@ -244,7 +250,7 @@ def _find(
 
     for name, shape in shapes.items():
         stack, batch = stacks[name], ()
-        kind = override_of(caller, overrides, name, shape)
+        kind = override_of(caller, argument, overrides, name, shape)
         is_said = kind is not None
         if isinstance(kind, Kernel):
             stack = ()
@@ -269,8 +275,8 @@ def _find(
                 found[name] = layer
     if swapped:
         raise ValueError(
-            f"{caller}: overrides has inputs for outputs in {some(swapped)}, whose modules say the "
-            "opposite: swap them. Flax kernels are (in, out), Equinox weights (out, in)."
+            f"{caller}: {argument} has inputs for outputs in {some(swapped)}, whose modules say "
+            "the opposite: swap them. Flax kernels are (in, out), Equinox weights (out, in)."
         )
     found |= known or {}
     unknown = [name for name in shapes if name not in found]
@@ -281,7 +287,7 @@ def _find(
 
 
 def _layer(kind: Kind, ndim: int, stack: tuple[int, ...], batch: tuple[int, ...] = ()) -> Layer:
-    """Of a kind, and a batch, whose axes are counted without those of a stack."""
+    """The `Layer` of a kind; `batch` counts axes without those of `stack`."""
     if isinstance(kind, Kernel):
         inputs, outputs = (of_stack(axes, ndim, stack) for axes in (kind.inputs, kind.outputs))
         every = _without(tuple(range(ndim)), inputs + outputs)

@@ -76,7 +76,7 @@ def unit_sgd(
     """
     dtype = accumulator_dtype
 
-    def chain(tree: Any) -> optax.GradientTransformation:
+    def chain(tree: Any) -> optax.GradientTransformationExtraArgs:
         return optax.chain(
             unit_scale(scope=scope, axis=axis),
             optax.identity() if momentum is None else optax.trace(momentum, nesterov, dtype),
@@ -119,7 +119,8 @@ def unit_muon(
     So one batch counts as much as another, however long its gradient is. Where the norm of the
     momentum is below 0.001, rows and vectors take shorter steps, and kernels none. So a row of an
     embedding comes to rest within 100 steps after its token was last seen, where there are many
-    rows (with Adam it moves less than half as far), and so does an expert that is used no more.
+    rows: it moves by up to 76 times the rate, with Adam by 31. So does an expert that is used no
+    more.
 
     Steps are not shorter where rows are short, as those of pretrained models often are. There
     freeze the embeddings, or give them to Adam. Find the layers from the whole tree, for a part of
@@ -156,7 +157,7 @@ def unit_muon(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: as `layers_of`.
+      TypeError: as `layers_of`, and as `unit_scale`: a leaf holds integers.
       ValueError: as `layers_of`, at `init`: what some leaves are cannot be told; as
         `orthogonalize`; in `jax.shard_map` a leaf varies over a mesh axis, so that it may be a
         part.
@@ -180,7 +181,7 @@ def unit_muon(
       https://arxiv.org/abs/2310.17813.
     """
 
-    def chain(tree: Any) -> optax.GradientTransformation:
+    def chain(tree: Any) -> optax.GradientTransformationExtraArgs:
         leaves = layers_in("unit_muon", layers, tree)
         _check_whole(leaves)
         found = {path.name: layer for path, _, layer in leaves}
@@ -190,7 +191,7 @@ def unit_muon(
 
         rows = unit_scale(axis=lambda name, x: found[name].outputs, min_norm=RARE)
         return optax.chain(
-            _where({"embedding", "kernel", "vector"}, found, unit_scale(axis=whole)),
+            unit_scale(axis=whole),
             optax.trace(momentum, nesterov, mu_dtype),
             _where({"kernel"}, found, _rest(whole)),
             orthogonalize(layers=layers),
@@ -206,7 +207,7 @@ def unit_muon(
 
 
 def _for_each_tree(
-    chain: Callable[[Any], optax.GradientTransformation],
+    chain: Callable[[Any], optax.GradientTransformationExtraArgs],
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that `chain` makes of the tree it is given: parameters or updates."""
 
@@ -214,14 +215,16 @@ def _for_each_tree(
         return chain(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        tx = optax.with_extra_args_support(chain(updates))
-        return tx.update(updates, state, params, **extra_args)
+        return chain(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _rest(axes: Callable[[str, Any], tuple[int, ...]]) -> optax.GradientTransformation:
-    """Zeroes the momentum of kernels without gradients for long: else their steps stay full."""
+    """Zeroes the momentum of kernels that have had no gradient for long.
+
+    Made orthogonal, it would still give full steps.
+    """
 
     def update(updates: Any, params: Any = None) -> Any:
         del params
@@ -281,7 +284,7 @@ def _decay(
     tree: Any,
 ) -> optax.GradientTransformation:
     if weight_decay is None or (isinstance(weight_decay, float | int) and weight_decay == 0):
-        # Needs neither parameters nor layers, and has the state of what does.
+        # Needs neither parameters nor layers; its state has the structure of that of what decays.
         return optax.masked(optax.identity(), False)
     decay = optax.add_decayed_weights(weight_decay)
     if mask is not None and not callable(mask) and is_childless(mask):

@@ -47,7 +47,9 @@ class Kernel(NamedTuple):
 Kind = Kernel | Literal["embedding", "vector"]
 
 
-def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Shape) -> Kind | None:
+def override_of(
+    caller: str, argument: str, overrides: Mapping[str, Kind], name: str, shape: Shape
+) -> Kind | None:
     """What users say that a leaf is; the first pattern that matches counts."""
     pattern = next((pattern for pattern in overrides if matches(pattern, name)), None)
     if pattern is None:
@@ -57,7 +59,7 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
         return kind
     if not isinstance(kind, Kernel):
         raise TypeError(
-            f"{caller}: overrides has {kind!r} for {pattern!r}, expected a Kernel, 'embedding' or "
+            f"{caller}: {argument} has {kind!r} for {pattern!r}, expected a Kernel, 'embedding' or "
             "'vector'."
         )
     every = range(len(shape))
@@ -71,7 +73,7 @@ def override_of(caller: str, overrides: Mapping[str, Kind], name: str, shape: Sh
             raise ValueError
     except (TypeError, ValueError, IndexError):
         raise ValueError(
-            f"{caller}: overrides has {kind} for {pattern!r}, expected axes that {name} of shape "
+            f"{caller}: {argument} has {kind} for {pattern!r}, expected axes that {name} of shape "
             f"{shape} has, each once, and blocks that divide the first output axis."
         ) from None
     return Kernel(inputs, outputs, blocks)

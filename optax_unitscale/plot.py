@@ -4,7 +4,6 @@ The table needs rich and the picture Matplotlib, which nothing else here does.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-__all__ = ["extra", "norms_table", "plot_norms", "printed_table"]
+__all__ = ["norms_table", "plot_norms", "printed_table"]
 
 STYLES = dict(zip(FLAGS, ("magenta", "blue", "red", "bold red"), strict=True))
 # No more than a figure has pixels, so that each step is seen.
@@ -82,14 +81,9 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
         )
     lines = lines_of("norms_table", [norms])
     ratios = norm_ratios([norms])
-    with extra("norms_table"):
-        from rich import box
-        from rich.text import Text
+    table = printed_table("norms_table")
+    from rich.text import Text
 
-        table_class = printed_table()
-    table = table_class(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
-    )
     table.add_column("layer", overflow="fold")
     for heading in ("norm", "/ median"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -107,11 +101,12 @@ def norms_table(norms: Mapping[str, Any]) -> "Table":
     return table
 
 
-@functools.cache
-def printed_table() -> "type[Table]":
-    """A table that `print` shows."""
-    from rich.console import Console
-    from rich.table import Table
+def printed_table(caller: str) -> "Table":
+    """An empty table that `print` shows."""
+    with _installed(caller):
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
 
     class PrintedTable(Table):
         """Rich's tables are shown by `rich.print` and in notebooks; this one by `print` too."""
@@ -124,7 +119,9 @@ def printed_table() -> "type[Table]":
                 console.print(self)
             return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
 
-    return PrintedTable
+    return PrintedTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
+    )
 
 
 def plot_norms(
@@ -172,7 +169,7 @@ def plot_norms(
     """
     lines = lines_of("plot_norms", history)
     norms = np.array(list(lines.values()))
-    with extra("plot_norms"):
+    with _installed("plot_norms"):
         from matplotlib import pyplot as plt
         from matplotlib.colors import LogNorm
         from matplotlib.ticker import MaxNLocator
@@ -241,8 +238,8 @@ def _geometric_means(norms: np.ndarray, steps: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def extra(caller: str) -> Iterator[None]:
-    """Says which extra is needed where it is not installed."""
+def _installed(caller: str) -> Iterator[None]:
+    """Says which package to install where one is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -9,8 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_unitscale.layers import Layer, Layers, layers_in, layers_of
-from optax_unitscale.modules import open_model
-from optax_unitscale.plot import extra, printed_table
+from optax_unitscale.plot import printed_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,18 +54,13 @@ def layers_table(layers_or_params: Any) -> "Table":
         layers = layers_or_params
     else:
         layers = layers_of(layers_or_params)
-        parameters, _ = open_model(layers_or_params)
         zeros = {
             path.name: _zeros(x, layer)
-            for path, x, layer in layers_in("layers_table", layers, parameters)
+            for path, x, layer in layers_in("layers_table", layers, layers_or_params)
         }
-    with extra("layers_table"):
-        from rich import box
-        from rich.text import Text
+    table = printed_table("layers_table")
+    from rich.text import Text
 
-        table = printed_table()(
-            box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left"
-        )
     table.add_column("leaf", overflow="fold")
     for heading in ("shape", "kind", "axes", "unit_muon"):
         table.add_column(heading, no_wrap=True)

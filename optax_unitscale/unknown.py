@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from optax_unitscale.conventions import KERNELS, split
+from optax_unitscale.conventions import KERNELS, VECTORS, split
 from optax_unitscale.overrides import Kernel, Kind, Shape, matches, of_stack
 
 __all__ = ["explain"]
@@ -155,7 +155,7 @@ def _written(kind: Kind) -> str:
 
 
 def _is_vector(name: str) -> bool:
-    return name.rpartition("/")[2] in ("bias", "b", "scale", "offset")
+    return name.rpartition("/")[2] in VECTORS
 
 
 def _pattern(name: str, readings: Mapping[str, Readings], shapes: Mapping[str, Shape]) -> str:

@@ -107,7 +107,7 @@ def test_one_number_is_no_label_for_a_whole_tree_but_for_a_tree_of_one_leaf():
 
 
 def test_layers_of_a_list_of_arrays_are_refused():
-    text = "scope is 'layer', but the updates are a list of arrays, which no name assigns to"
+    text = "scope is 'layer', the default of unit_sgd, but the updates are a list of arrays, which"
     refuse(ValueError, text, [sample(2, 3), sample(3)], scope="layer")
 
 

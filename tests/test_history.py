@@ -108,7 +108,7 @@ MANY = dict.fromkeys(map(str, range(100)), 1.0)
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ([], "there are no norms, expected at least one of one step"),
+        ([], "there are no norms, expected at least one norm for at least one step"),
         ([{}], "there are no norms"),
         ({"a": np.zeros(0)}, "there are no norms"),
         ({"a": 1.0}, r"history\['a'\] is one number, expected one for each step. Put"),

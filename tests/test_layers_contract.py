@@ -1,7 +1,7 @@
 """What `layers_of` refuses, overrides, layers as a value, and their table."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -12,7 +12,7 @@ import pytest
 from common import line_of, readings_of, said, shapes, short
 from flax import nnx
 
-from optax_unitscale import Kernel, Layers, layers_of, layers_table
+from optax_unitscale import Kernel, Layers, layers_of, layers_table, scale_by_shape
 from optax_unitscale.layers import layers_in
 
 REFUSED: dict[str, Any] = {
@@ -75,6 +75,21 @@ def test_overrides_that_do_not_fit_are_refused(wrong):
     text = re.escape(f"layers_of: overrides has {wrong!r} for '**/kernel', expected {expected}")
     with pytest.raises(ValueError if is_kernel else TypeError, match=text):
         layers_of(ONE, {"**/kernel": wrong})
+
+
+def test_overrides_that_are_no_dict_are_refused():
+    for wrong in (Kernel(0, 1), "a/**"):
+        text = re.escape(f"layers_of: overrides is {wrong!r}, expected a dict from patterns")
+        with pytest.raises(TypeError, match=text):
+            layers_of(ONE, cast(Any, wrong))
+
+
+def test_other_callers_name_the_argument_that_they_have():
+    text = re.escape(
+        "scale_by_shape: layers has ['b/**'], which match no leaf. The leaves are ['a/"
+    )
+    with pytest.raises(ValueError, match=text):
+        scale_by_shape(layers={"b/**": "vector"}).init(ONE)
 
 
 def test_patterns_that_fit_nothing_or_what_is_no_stack_are_refused():

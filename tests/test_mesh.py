@@ -68,10 +68,10 @@ def test_the_program_for_gpu_takes_columns_that_devices_share(kind):
     check_same(result, dict.fromkeys(specs, scaled(tree["a"], axis=0)))
 
 
+# A sum keeps a NaN by itself, a maximum may not.
 @pytest.mark.parametrize(
     ("way", "bad"), [("jit", np.nan), ("shard_map", -np.inf), ("told", np.inf)]
 )
-# A sum keeps a NaN by itself, a maximum may not.
 def test_nan_or_inf_on_one_device_makes_the_group_nan_on_all(way, bad):
     spec = {"bad": P("a", "b"), "good": P("b", "a")}
     tree = {"bad": draw((8, 4)), "good": draw((8, 4), seed=1)}

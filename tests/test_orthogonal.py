@@ -74,7 +74,7 @@ def test_singular_values_become_the_polynomials_of_what_they_were(coefficients):
     [
         ("polar_express", 5, (0.84, 1.13)),
         ("polar_express", 6, (0.993, 1.002)),
-        ("polar_express", 8, (1 - 2e-6, 1 + 2e-6)),
+        ("polar_express", 7, (1 - 2e-5, 1 + 2e-5)),
         ("muon", 5, (0.47, 1.21)),
         ("aol", 5, (0.34, 1.06)),
     ],

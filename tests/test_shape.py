@@ -15,10 +15,6 @@ from optax.contrib import MuonDimensionNumbers as Axes
 from optax_unitscale import Kernel, unit_scale
 
 
-def check_same(tree: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
-
-
 @pytest.mark.parametrize(
     ("rule", "widening", "narrowing", "vector"),
     [

@@ -1,6 +1,7 @@
 """Tunes every optimizer in the same way on every task, and compares them.
 
-Each gets the same number of learning rates, half a decade apart, then further seeds at the best.
+Each that is tuned gets the same number of learning rates, half a decade apart, some also weight
+decays at the best rate. Further seeds run at the best setting.
 --resume continues a sweep that was stopped.
 """
 

@@ -94,10 +94,7 @@ def compile_update(
     """The transformation alone, with the gradients and its state donated."""
     mesh = jax.tree.leaves(updates)[0].sharding.mesh
     state = shard(jax.eval_shape(transformation.init, updates), mesh)
-    update = jax.jit(
-        lambda updates, state, params: transformation.update(updates, state, params),
-        donate_argnums=(0, 1),
-    )
+    update = jax.jit(transformation.update, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
         return update.lower(updates, state, updates).compile()
 
