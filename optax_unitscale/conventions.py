@@ -16,8 +16,15 @@ FUSED = {
     3: r"(.*_)?w?qkv(_.*)?|query_key_value|c_attn|in_proj",
     2: r"(to_|w)?kv(_proj|_einsum)?|key_value",
 }
-# What a recurrent cell multiplies with its input, and with its state: NNX's, Haiku's, Keras's.
-CELLS = (("dense_i/kernel", "dense_h/kernel"), ("w_i", "w_h"), ("kernel", "recurrent_kernel"))
+# What a recurrent cell multiplies with its input, and with its state: NNX's, Haiku's, Keras's, and
+# the convolutions of Linen's and Haiku's.
+CELLS = (
+    ("dense_i/kernel", "dense_h/kernel"),
+    ("w_i", "w_h"),
+    ("kernel", "recurrent_kernel"),
+    ("ih/kernel", "hh/kernel"),
+    ("input_to_hidden/w", "hidden_to_hidden/w"),
+)
 
 
 def kind_by_name(name: str, shapes: Mapping[str, Shape], is_flax: bool = True) -> Kind | None:
@@ -81,7 +88,8 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     if own in (*PROJECTIONS, "out") and len(shape) == 3 and _is_attention(above, own, shapes):
         return Kernel((0, 1), 2) if own == "out" else Kernel(0, (1, 2))
     # The gates of a cell show that nothing is stacked.
-    if len(shape) == 2 and (gates := _gates(module, leaf, shapes)) > 1:
+    gates = _gates(module, leaf, shapes)
+    if len(shape) == 2 and gates > 1:
         return Kernel(0, 1, gates)
     # A bias of one axis does too, and which axis is the output.
     if bias not in (None, (n_out,)) or "einsum" in own.lower():
@@ -89,12 +97,12 @@ def _kernel(module: str, leaf: str, shapes: Mapping[str, Shape]) -> Kind | None:
     if len(shape) == 2:
         return None if _is_conv(own) else Kernel(0, 1)
     # A depthwise convolution or one that sees a single channel; a transposed one, perhaps.
-    if (n_in == 1 and n_out != 1) or ("transpose" in own.lower() and n_in == n_out):
+    if (n_in == 1 and n_out != 1 and gates == 1) or ("transpose" in own.lower() and n_in == n_out):
         return None
     # 5 x 3 x 3 may be five layers of 3 x 3.
     is_cube = len(shape) <= 5 and len({*shape[:-2]} - {1}) < 2
     is_known = bias is not None or (_is_conv(own) and is_cube)
-    return Kernel(tuple(inputs), output) if is_known else None
+    return Kernel(tuple(inputs), output, gates) if is_known else None
 
 
 def _join(*names: str) -> str:
@@ -144,8 +152,8 @@ def _gates(module: str, leaf: str, shapes: Mapping[str, Shape]) -> int:
             if name.endswith(end):
                 above = name.removesuffix(end)
                 given, state = (shapes.get(above + other, ()) for other in (of_input, of_state))
-                if len(given) == len(state) == 2 and given[1] == state[1]:
-                    gates, rest = divmod(state[1], state[0])
+                if len(given) == len(state) > 1 and given[-1] == state[-1]:
+                    gates, rest = divmod(state[-1], state[-2])
                     return gates if not rest and gates in (3, 4) else 1
     return 1
 

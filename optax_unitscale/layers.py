@@ -124,7 +124,8 @@ def layers_of(
     A leaf that can be several things raises an error, which lists all such leaves and the lines to
     write: stacked layers; convolutions of one channel, which may be depthwise; other names. A
     kernel whose name stands for query, key and value in one (`qkv`, `c_attn`, `in_proj`,
-    `query_key_value`, `kv`) always does: it may be one kernel or `blocks=3` of them. Names do not
+    `query_key_value`, `kv`) does too: it may be one kernel, or three, or two, of one width, which
+    are its `blocks`. Names do not
     show all: tell it of a convolution with groups of several channels, and of a Haiku LSTM with a
     name of its own, ``{"encoder/linear/w": Kernel(0, 1, blocks=4)}``.
 
@@ -142,7 +143,7 @@ def layers_of(
       leaves have none.
 
     Raises:
-      TypeError: `overrides` is no dict, or one of them is none of those above.
+      TypeError: `overrides` or `stacked` is none of those above; the model holds no arrays.
       ValueError: what a leaf is cannot be told; a pattern fits no leaf; axes do not fit.
 
     Examples:
@@ -230,6 +231,11 @@ def _find(
     argument = "overrides" if caller == "layers_of" else "layers"
     parameters, modules_around = open_model(model)
     leaves = _trained(parameters, modules_around)
+    if not leaves and any(map(callable, jax.tree.leaves(parameters))) and not is_equinox([model]):
+        raise TypeError(
+            f"{caller}: {type(model).__name__} holds no arrays, expected parameters, or a Flax NNX "
+            "or Equinox module. Linen and Haiku keep parameters apart: layers_of(params)."
+        )
     shapes = {path.name: tuple(x.shape) for path, x in leaves}
     # optax.tree.map_params calls init with a placeholder for all leaves, which has no name.
     if overrides and (leaves or not is_childless(parameters)):

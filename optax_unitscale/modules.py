@@ -119,9 +119,11 @@ def _einsum(m: Any) -> dict[str, Declared]:
     inputs = tuple(i for i, axis in enumerate(kernel) if axis in given and axis not in result)
     outputs = tuple(i for i, axis in enumerate(kernel) if axis in result and axis not in given)
     is_clear = inputs + outputs and "." not in kernel
+    # A bias has the axes of the result that the kernel has.
+    batch = tuple(i for i, axis in enumerate(a for a in result if a in kernel) if axis in given)
     return {
         "kernel": Declared(Kernel(inputs, outputs) if is_clear else None, tuple(m.kernel_shape)),
-        "bias": Declared("vector", tuple(m.bias_shape or ())),
+        "bias": Declared("vector", tuple(m.bias_shape or ()), batch if is_clear else ()),
     }
 
 

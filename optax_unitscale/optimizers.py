@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_unitscale import parameters
-from optax_unitscale.layers import Layer, Layers, layers_in
+from optax_unitscale.groups import check_scalar
+from optax_unitscale.layers import Layers, layers_in
 from optax_unitscale.mesh import reduced_as, varying_axes, without_reduced
 from optax_unitscale.observe import gradient_norms
 from optax_unitscale.orthogonal import orthogonalize
-from optax_unitscale.paths import Path, flatten, is_childless, is_tree, some
+from optax_unitscale.paths import check_names, flatten, is_childless, is_tree, some
 from optax_unitscale.shape import scale_by_shape
 from optax_unitscale.transform import unit_scale
 
@@ -75,16 +76,17 @@ def unit_sgd(
       Yu et al. 2017, "Block-Normalized Gradient Method", https://arxiv.org/abs/1707.04822.
     """
     dtype = accumulator_dtype
+    decay = None if momentum is None else check_scalar("unit_sgd", "momentum", momentum)
 
-    def chain(tree: Any) -> optax.GradientTransformationExtraArgs:
+    def chain(_: Any, tree: Any) -> optax.GradientTransformationExtraArgs:
         return optax.chain(
             unit_scale(scope=scope, axis=axis),
-            optax.identity() if momentum is None else optax.trace(momentum, nesterov, dtype),
+            optax.identity() if decay is None else optax.trace(decay, nesterov, dtype),
             _decay("unit_sgd", weight_decay, mask, layers, tree),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _for_each_tree(chain)
+    return _for_each_tree("unit_sgd", chain)
 
 
 def unit_muon(
@@ -157,10 +159,10 @@ def unit_muon(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: as `layers_of`, and as `unit_scale`: a leaf holds integers.
+      TypeError: as `layers_of`; a leaf of the updates holds integers; `momentum` is no number.
       ValueError: as `layers_of`, at `init`: what some leaves are cannot be told; as
-        `orthogonalize`; in `jax.shard_map` a leaf varies over a mesh axis, so that it may be a
-        part.
+        `orthogonalize`; the updates have leaves that `params` have not; in `jax.shard_map` a leaf
+        varies over a mesh axis, so that it may be a part.
 
     Numerics:
       As `unit_scale`, `orthogonalize` and, with `keep_norm`, as `keep_norm`: gradients that are
@@ -180,11 +182,13 @@ def unit_muon(
       from Yang, Simon, Bernstein 2023, "A Spectral Condition for Feature Learning",
       https://arxiv.org/abs/2310.17813.
     """
+    decay = check_scalar("unit_muon", "momentum", momentum)
 
-    def chain(tree: Any) -> optax.GradientTransformationExtraArgs:
+    def chain(updates: Any, tree: Any) -> optax.GradientTransformationExtraArgs:
         leaves = layers_in("unit_muon", layers, tree)
-        _check_whole(leaves)
-        found = {path.name: layer for path, _, layer in leaves}
+        shapes = {path.name: x.shape for path, x, _ in leaves}
+        found = Layers({path.name: layer for path, _, layer in leaves}, shapes)
+        _check_whole(updates, found)
 
         def whole(name: str, x: Any) -> tuple[int, ...]:
             return found[name].inputs + found[name].outputs
@@ -192,30 +196,37 @@ def unit_muon(
         rows = unit_scale(axis=lambda name, x: found[name].outputs, min_norm=RARE)
         return optax.chain(
             unit_scale(axis=whole),
-            optax.trace(momentum, nesterov, mu_dtype),
+            optax.trace(decay, nesterov, mu_dtype),
             _where({"kernel"}, found, _rest(whole)),
-            orthogonalize(layers=layers),
+            orthogonalize(layers=found),
             _where({"embedding", "vector"}, found, rows),
             _where({"vector"}, found, optax.scale(0.1)),
-            scale_by_shape(layers=layers),
-            _decay("unit_muon", weight_decay, mask, layers, tree),
+            scale_by_shape(layers=found),
+            _decay("unit_muon", weight_decay, mask, found, tree),
             optax.scale_by_learning_rate(learning_rate),
-            parameters.keep_norm(layers=layers) if keep_norm else optax.identity(),
+            parameters.keep_norm(layers=found) if keep_norm else optax.identity(),
         )
 
-    return _for_each_tree(chain)
+    return _for_each_tree("unit_muon", chain)
 
 
 def _for_each_tree(
-    chain: Callable[[Any], optax.GradientTransformationExtraArgs],
+    caller: str,
+    chain: Callable[[Any, Any], optax.GradientTransformationExtraArgs],
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that `chain` makes of the tree it is given: parameters or updates."""
+    """The transformation that `chain` makes of the updates, and of a tree that shows the layers.
+
+    The parameters show more of them: some updates may be missing.
+    """
 
     def init(params):
-        return chain(params).init(params)
+        return chain(params, params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        return chain(updates).update(updates, state, params, **extra_args)
+        if params is not None:
+            check_names(caller, updates, params)
+        tx = chain(updates, updates if params is None else params)
+        return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -238,9 +249,10 @@ def _rest(axes: Callable[[str, Any], tuple[int, ...]]) -> optax.GradientTransfor
     return optax.stateless(update)
 
 
-def _check_whole(leaves: list[tuple[Path, Any, Layer]]) -> None:
+def _check_whole(updates: Any, layers: Layers) -> None:
     """Refuses parts of leaves: their rows and shapes are not those of the whole ones."""
-    if parts := [path.name for path, x, _ in leaves if varying_axes(x)]:
+    leaves = flatten(updates)
+    if parts := [path.name for path, x in leaves if path.name in layers and varying_axes(x)]:
         raise ValueError(
             f"unit_muon: in jax.shard_map {some(parts)} vary over mesh axes: they may be parts of "
             "leaves, expected whole ones. Call the optimizer outside, under jax.jit; or, where "
@@ -249,7 +261,7 @@ def _check_whole(leaves: list[tuple[Path, Any, Layer]]) -> None:
 
 
 def _where(
-    kinds: set[str], layers: Mapping[str, Layer], inner: optax.GradientTransformation
+    kinds: set[str], layers: Layers, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """A transformation of the leaves of some kinds, which leaves the others as they are."""
     names = {name for name, layer in layers.items() if layer.kind in kinds}
@@ -295,4 +307,4 @@ def _decay(
     if mask is not None:
         return _masked(decay, (lambda _: mask) if is_tree(mask) else mask)
     found = {path.name: layer for path, _, layer in layers_in(caller, layers, tree)}
-    return _where({"kernel"}, found, decay)
+    return _where({"kernel"}, Layers(found, {}), decay)

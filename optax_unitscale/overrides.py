@@ -141,7 +141,12 @@ def stacked_axes(
     """Along which axes each leaf holds several layers, as users say."""
     if isinstance(stacked, Stacked):  # What `unit_scale` takes as its axis.
         stacked = {stacked.pattern: stacked.axis}
-    patterns = {stacked: 0} if isinstance(stacked, str) else stacked or {}
+    patterns = {stacked: 0} if isinstance(stacked, str) else {} if stacked is None else stacked
+    if not isinstance(patterns, Mapping) or {*map(type, patterns.values())} - {int}:
+        raise TypeError(
+            f"{caller}: stacked is {stacked!r}, expected a pattern, or a dict from patterns to "
+            'axes, such as {"encoder/**": 0, "decoder/**": 0}.'
+        )
     check_patterns(caller, "stacked", patterns, shapes)
     axes: dict[str, set[int]] = {name: set() for name in shapes}
     for pattern, axis in patterns.items():

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,8 +15,8 @@ from jax import lax
 from optax_unitscale.groups import Plan, assign, check_scalar, make_plan
 from optax_unitscale.layers import Layer, Layers, layers_in
 from optax_unitscale.mesh import on_all, reduced_as, varying_axes, without_reduced
-from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, norm_of
-from optax_unitscale.paths import flatten, is_childless, some
+from optax_unitscale.norms import Norm, Reduction, divide, mesh_axes, nan_for_inf, norm_of
+from optax_unitscale.paths import check_names, flatten, is_childless, some
 
 __all__ = ["KeepNormState", "keep_norm"]
 
@@ -148,8 +148,9 @@ def keep_norm(
         if radius is not None:
             radii = jnp.full_like(radii, radius)
         steps = {path.name: x for path, x in flatten(updates)}
-        _check_names(steps, params)
+        check_names("keep_norm", updates, params)
         given = [steps.get(name) for name in names]
+        _check_steps(names, given, leaves)
         plain = [None if x is None else without_reduced(jnp.asarray(x)) for x in given]
         kept = _retract(leaves, plain, radii, norm=norm, kernels=kernels)
         for name, old, new in zip(names, given, kept, strict=True):
@@ -198,12 +199,17 @@ def _axes(layer: Layer) -> tuple[int, ...]:
     return layer.inputs + (layer.outputs if layer.blocks == 1 else layer.outputs[1:])
 
 
-def _check_names(names: Iterable[str], params: Any) -> None:
-    known = {path.name for path, _ in flatten(params)}
-    if unknown := [name for name in names if name not in known]:
+def _check_steps(names: list[str], steps: list[Any], leaves: list[jax.Array]) -> None:
+    odd = [
+        f"{name} {np.shape(x)} {jnp.result_type(x)} for {p.shape} {p.dtype}"
+        for name, x, p in zip(names, steps, leaves, strict=True)
+        if x is not None
+        and (np.shape(x) != p.shape or not jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+    ]
+    if odd:
         raise ValueError(
-            f"keep_norm: the updates have {some(unknown)}, and params have no such leaves, but "
-            f"{some(known)}. Pass the parameters that the updates are for."
+            f"keep_norm: updates do not fit params, expected their shapes, and floating or complex "
+            f"dtypes, got {some(odd)}. Pass the parameters that the updates are for."
         )
 
 
@@ -213,7 +219,7 @@ def _measure(leaves: list[jax.Array], *, norm: str, kernels: tuple[_Kernel, ...]
     norms = [_norm_of(norm, kernel, x) for x, kernel in zip(leaves, kernels, strict=True)]
     radii = [on_all(value / root / root).ravel() for value, root in norms]
     # A norm that the radii cannot hold; an infinite one would make zeros of the parameters.
-    radii = [jnp.where(jnp.isinf(x), jnp.nan, x) for x in radii]
+    radii = [nan_for_inf(x) for x in radii]
     dtype = np.result_type(np.float32, *(x.dtype for x in radii))
     return jnp.concatenate([jnp.zeros(0, dtype), *(x.astype(dtype) for x in radii)])
 

@@ -9,11 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey, KeyPath, keystr, tree_flatten_with_path
 
-__all__ = ["Path", "Prefix", "flatten", "gradients", "is_childless", "is_tree", "show", "some"]
+__all__ = [
+    "Path",
+    "Prefix",
+    "check_names",
+    "flatten",
+    "gradients",
+    "is_childless",
+    "is_tree",
+    "show",
+    "some",
+]
 
 IsLeaf = Callable[[Any], bool] | None  # As in `jax.tree.flatten`.
 MOST_NAMES = 20
-_VALUE = (GetAttrKey("value"),)
+_VALUE = GetAttrKey("value")
 
 
 class Path(NamedTuple):
@@ -83,8 +93,11 @@ def _lookups(path: Path) -> Iterator[str | tuple[str, ...]]:
 def flatten(tree: Any, is_leaf: IsLeaf = None) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths."""
     flat, _ = tree_flatten_with_path(tree, is_leaf=is_leaf)
-    boxes = _boxes(tree, is_leaf) if any(keys[-1:] == _VALUE for keys, _ in flat) else set()
-    shown = [keys[:-1] if keys[:-1] in boxes else keys for keys, _ in flat]
+    boxes = _boxes(tree, is_leaf) if any(_VALUE in keys for keys, _ in flat) else set()
+    shown = [
+        tuple(key for i, key in enumerate(keys) if key != _VALUE or keys[:i] not in boxes)
+        for keys, _ in flat
+    ]
     every = [tuple(map(_name, keys)) for keys in shown]
     counts = collections.Counter("/".join(names) for names in every)
     leaves = []
@@ -103,11 +116,13 @@ def _name(key: Any) -> str:
 
 
 def _boxes(tree: Any, is_leaf: IsLeaf) -> set[KeyPath]:
-    """Where nodes hold a leaf at `.value` and no more, as NNX's variables and Linen's boxes do."""
+    """Where nodes hold a `.value` and no more, as NNX's variables and Linen's boxes do."""
     # With empty subtrees: a node that holds one of these is no box.
     flat, _ = tree_flatten_with_path(tree, is_leaf=lambda x: is_childless(x, is_leaf))
-    below = collections.Counter(keys[:depth] for keys, _ in flat for depth in range(len(keys)))
-    return {keys[:-1] for keys, _ in flat if keys[-1:] == _VALUE and below[keys[:-1]] == 1}
+    every = [(keys[:i], keys[: i + 1]) for keys, _ in flat for i in range(len(keys))]
+    above = collections.Counter(node for node, _ in every)
+    below = collections.Counter(child for _, child in every)
+    return {node for node, child in every if child[-1] == _VALUE and above[node] == below[child]}
 
 
 def gradients(caller: str, updates: Any) -> list[tuple[Path, Any]]:
@@ -116,7 +131,7 @@ def gradients(caller: str, updates: Any) -> list[tuple[Path, Any]]:
     for path, x in flatten(updates):
         # The gradient of an integer is float0, which holds no numbers.
         if getattr(x, "dtype", None) != jax.dtypes.float0:
-            x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+            x = x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 raise TypeError(
                     f"{caller}: {show(path)} has dtype {x.dtype}, expected a floating or complex "
@@ -124,6 +139,16 @@ def gradients(caller: str, updates: Any) -> list[tuple[Path, Any]]:
                 )
         leaves.append((path, x))
     return leaves
+
+
+def check_names(caller: str, updates: Any, params: Any) -> None:
+    """Refuses updates of leaves that the parameters have not."""
+    known = {path.name for path, _ in flatten(params)}
+    if unknown := [path.name for path, _ in flatten(updates) if path.name not in known]:
+        raise ValueError(
+            f"{caller}: the updates have {some(unknown)}, and params have no such leaves, but "
+            f"{some(known)}. Pass the parameters that the updates are for."
+        )
 
 
 def is_childless(value: Any, is_leaf: IsLeaf = None) -> bool:

@@ -1,16 +1,17 @@
 """The error about leaves that can be several things: all of them, and the lines to write."""
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from optax_unitscale.conventions import KERNELS, VECTORS, split
-from optax_unitscale.overrides import Kernel, Kind, Shape, matches, of_stack
+from optax_unitscale.overrides import Kernel, Kind, Shape, as_ints, matches, of_stack
 
 __all__ = ["explain"]
 
 
-APART, TOGETHER = "a kernel for each projection", "one kernel of all projections"
+APART, TOGETHER = "a kernel for each projection, of one width", "one kernel of all projections"
 # What a leaf can be, the likeliest first, and what each means.
 Readings = list[tuple[Kind, str]]
 
@@ -90,8 +91,7 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     *most, last = range(len(shape))
     first, *rest = range(len(shape))
     if kind:
-        apart = split(name, shape, kind) if isinstance(kind, Kernel) else None
-        return [(apart, APART), (kind, TOGETHER)] if apart else []
+        return _of_fused(name, shape, kind) if isinstance(kind, Kernel) else []
     if _is_vector(name):
         return [("vector", "")]
     if leaf.startswith("pos") or ("embed" in leaf and "unembed" not in leaf):
@@ -116,7 +116,7 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     if 1 in shape and leaf not in KERNELS and leaf != "weight" and not leaf.isdigit():
         return [("vector", "one vector"), ("embedding", "a table, (rows, features)")]
     if leaf.isdigit():
-        return [(forward, "")]
+        return [(forward, "(in, out)"), (backward, "(out, in), as in PyTorch and Equinox")]
     if leaf == "weight":
         return [(backward, "(out, in), as in PyTorch and Equinox"), (forward, "(in, out)")]
     if leaf in KERNELS and len(rest) == 1:
@@ -126,13 +126,26 @@ def _readings(name: str, shape: Shape, kind: Kind | None) -> Readings:
     # Such as (3, in, heads, features), or (3, heads, in, features) in einsums.
     given = 0 if shape[0] > 3 else 2 if "einsum" in own and len(shape) == 4 else 1
     one = Kernel(given, tuple(axis for axis in range(len(shape)) if axis != given))
-    if apart := split(name, shape, one):
-        return [(apart, APART), (one, TOGETHER)]
+    if found := _of_fused(name, shape, one):
+        return found
     batch = Kernel(last - 1, last)
     if own == "out":
         return [(conv, "a kernel, (heads, features, out)"), (batch, "several kernels, (in, out)")]
     found = [(forward, "a kernel, (in, heads, features)"), (batch, "several kernels, (in, out)")]
     return found[::-1] if re.search(r"expert|moe", name.lower()) else found
+
+
+def _of_fused(name: str, shape: Shape, one: Kernel) -> Readings:
+    """What a kernel can be that may hold several projections; nothing if it holds none."""
+    apart = split(name, shape, one)
+    if apart is None:
+        return []
+    n_in, n_out = (
+        math.prod(shape[axis] for axis in as_ints(axes)) for axes in (apart.inputs, apart.outputs)
+    )
+    found: Readings = [(apart, APART), (one, TOGETHER)]
+    # Where queries share keys and values, these are narrower: no blocks of one width.
+    return found[::-1] if apart.blocks == 3 and n_out < 3 * n_in else found
 
 
 def _in_stack(kind: Kind, shape: Shape, stack: tuple[int, ...]) -> Kind:

@@ -13,7 +13,7 @@ import pytest
 from common import NORMS, compilations
 from jax import lax
 
-from optax_unitscale import gradient_norms, unit_scale
+from optax_unitscale import clip_norm, gradient_norms, keep_norm, orthogonalize, unit_scale
 
 SCOPES: dict[str, dict[str, Any]] = {
     "leaf": {},
@@ -214,3 +214,12 @@ def test_a_monitor_sees_the_norms_before_and_ones_after():
     average = jax.tree.map(lambda x, y: (x / 4 + y / 2) / 0.75, first, norms)
     check(optax.tree.get(state, "smooth"), average)
     check(optax.tree.get(state, "after"), jax.tree.map(jnp.ones_like, norms))
+
+
+@pytest.mark.parametrize("make", [unit_scale, lambda: clip_norm(0.1), orthogonalize, keep_norm])
+def test_debug_nans_finds_none_where_there_are_none_though_nothing_is_jitted(make):
+    params = {"kernel": jnp.eye(2)}
+    state = make().init(params)
+    with jax.debug_nans(True), jax.disable_jit():
+        updates, _ = make().update(params, state, params)
+    assert np.isfinite(updates["kernel"]).all()

@@ -12,7 +12,7 @@ from common import line_of, readings_of, said, shapes, short
 from flax import linen as nn
 from flax import nnx
 
-from optax_unitscale import Kernel, layers_of, stacked
+from optax_unitscale import Kernel, layers_of, stacked, unit_muon
 from optax_unitscale.layers import layers_in
 
 KEY = jax.random.key(0)
@@ -284,6 +284,35 @@ def test_haikus_layers_are_known():
     }
 
 
+def test_the_gates_of_convolutional_cells_are_blocks():
+    def of_haiku(x):
+        cell = hk.Conv2DLSTM((8, 8), 4, 3)
+        return cell(x, cell.initial_state(1))[0]
+
+    x = jnp.ones((1, 8, 8, 1))  # One channel, which elsewhere may be a depthwise convolution.
+    params = jax.eval_shape(hk.transform(of_haiku).init, KEY, x)
+    names = ("input_to_hidden", "hidden_to_hidden")
+    assert said(params) == {f"conv2_dlstm/{name}/w": "0 1 2 > 3 *4" for name in names}
+    cell = nn.RNN(nn.ConvLSTMCell(4, (3, 3)))
+    params = jax.eval_shape(cell.init, KEY, x[:, None])["params"]
+    assert said(params) == {f"cell/{name}/kernel": "0 1 2 > 3 *4" for name in ("ih", "hh")}
+
+
+class Tree(nnx.Module):
+    """A model whose parameter is a tree."""
+
+    def __init__(self):
+        self.extra = nnx.Param({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+
+
+def test_a_parameter_may_be_a_tree():
+    model, layers = Tree(), layers_of(Tree())
+    assert said(model) == {"extra/kernel": "0 > 1"}
+    optimizer = nnx.Optimizer(model, unit_muon(0.1, layers=layers), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model.extra["kernel"] ** 2))(model))
+    assert np.all(model.extra["kernel"] < 1)
+
+
 def maxtext(layers: int) -> Any:
     """As MaxText names and stacks its parameters, with a key and a value for two queries each."""
     attention = {
@@ -461,6 +490,13 @@ def test_fused_projections_in_a_stack_are_refused_by_the_axes_of_the_whole_leaf(
     assert line_of(error) == f"layers_of(model, {line.partition('}')[0]}}})"
 
 
+def test_where_queries_share_keys_one_kernel_comes_first():
+    with pytest.raises(ValueError, match="qkv/kernel") as error:
+        layers_of({"qkv": shapes(kernel=(64, 96))})  # 64 + 16 + 16.
+    one, _ = readings_of(error)
+    assert one == {"**/qkv/kernel": Kernel(0, 1)}
+
+
 def test_widths_tell_what_is_fused_where_names_do_not():
     # Mamba's in_proj; a key and a value of other widths; GPT-2's in Hugging Face's Flax, (out, in).
     params = {"in_proj": shapes(kernel=(9, 36)), "kv": shapes(kernel=(8, 5))}
@@ -497,4 +533,6 @@ def test_a_tied_embedding_is_an_embedding_until_users_say_otherwise():
 
 def test_the_biases_of_experts_are_vectors_of_their_own():
     experts = nnx.LinearGeneral(3, 5, batch_axis={0: 4}, rngs=nnx.Rngs(0))
-    assert said(experts) == {"kernel": "1 > 2 [0]", "bias": "vector [0]"}
+    by_name = nnx.Einsum("BED,EDF->BEF", (4, 3, 5), (4, 5), rngs=nnx.Rngs(0))
+    for model in (experts, by_name):
+        assert said(model) == {"kernel": "1 > 2 [0]", "bias": "vector [0]"}

@@ -4,15 +4,16 @@ import re
 from typing import Any, cast
 
 import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from common import line_of, readings_of, said, shapes, short
-from flax import nnx
+from flax import linen, nnx
 
-from optax_unitscale import Kernel, Layers, layers_of, layers_table, scale_by_shape
+from optax_unitscale import Kernel, Layers, layers_of, layers_table, scale_by_shape, unit_muon
 from optax_unitscale.layers import layers_in
 
 REFUSED: dict[str, Any] = {
@@ -82,6 +83,21 @@ def test_overrides_that_are_no_dict_are_refused():
         text = re.escape(f"layers_of: overrides is {wrong!r}, expected a dict from patterns")
         with pytest.raises(TypeError, match=text):
             layers_of(ONE, cast(Any, wrong))
+
+
+@pytest.mark.parametrize("wrong", [["a/**"], {"a/**": "0"}, 0])
+def test_stacks_that_are_no_patterns_are_refused(wrong):
+    with pytest.raises(TypeError, match=re.escape(f"layers_of: stacked is {wrong!r}, expected a")):
+        layers_of(ONE, stacked=wrong)
+
+
+def test_what_holds_no_arrays_is_refused():
+    for wrong in (linen.Dense(4), hk.transform(lambda x: x)):
+        for function in (layers_of, layers_table, unit_muon(0.1).init):
+            with pytest.raises(TypeError, match=r"holds no arrays.*layers_of\(params\)"):
+                function(cast(Any, wrong))
+    assert not layers_of({})
+    assert not layers_of(eqx.nn.Lambda(jax.nn.relu))
 
 
 def test_other_callers_name_the_argument_that_they_have():

@@ -185,6 +185,24 @@ def test_unknown_leaves_are_refused_at_init_all_of_them_with_the_line_to_write()
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
+def test_parameters_show_the_layers_where_updates_are_missing():
+    # A convolution of two axes, which its bias shows.
+    params: Any = {"down": {"kernel": jnp.ones((3, 5, 4, 8)), "bias": jnp.ones(8)}}
+    part = {"down": {"kernel": params["down"]["kernel"], "bias": None}}
+    tx = unit_muon(0.1)
+    updates: Any = tx.update(part, tx.init(params), params)[0]
+    wanted = updates_of(tx, params, params)
+    np.testing.assert_allclose(updates["down"]["kernel"], wanted["down"]["kernel"], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"unit_muon: the updates have \['up/bias'\], and params"):
+        tx.update({"up": {"bias": jnp.ones(8)}}, tx.init(params), params)
+
+
+@pytest.mark.parametrize("make", [unit_muon, unit_sgd])
+def test_a_momentum_that_is_no_number_is_refused(make):
+    with pytest.raises(TypeError, match=r"momentum is <.*expected a real number\. A schedule goes"):
+        make(0.1, momentum=optax.constant_schedule(0.9))
+
+
 @pytest.mark.parametrize("make", [unit_muon, unit_sgd])
 def test_integers_are_refused_by_name(make):
     tree = {"dense": {"kernel": jnp.eye(2)}, "step": jnp.arange(3)}

@@ -320,6 +320,9 @@ def test_what_cannot_be_kept_is_refused():
         optimizer.update({"bias": draw((4,))}, state, {"bias": draw((4,))})
     with pytest.raises(ValueError, match=r"updates have \['a/kernel'\], and params have no such"):
         optimizer.update({"a": params}, state, params)
+    for wrong in (params["kernel"][:1], jnp.ones((4, 4), int)):
+        with pytest.raises(ValueError, match=r"got \['kernel .* for \(4, 4\) float32'\]"):
+            optimizer.update({"kernel": wrong}, state, params)
     with pytest.raises(ValueError, match="keep_norm: radius is -1"):
         keep_norm(radius=-1.0)
     split = specs(P(), P("a"), P())

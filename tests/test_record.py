@@ -285,6 +285,14 @@ def test_names_do_not_depend_on_which_leaves_have_a_gradient():
         assert {name: float(norm) for name, norm in norms.items()} == {"x": 3, "y": 2}
 
 
+def test_shapes_are_enough_for_init_and_names():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    abstract = jax.eval_shape(lambda: params)
+    state = record_norms().init(abstract)
+    _, state = record_norms().update(params, state)
+    assert recorded_norms(state, abstract).keys() == {"a", "b"}
+
+
 def test_a_model_with_functions_for_leaves_is_recorded_as_it_is():
     model: Any = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     grads = eqx.filter_grad(lambda model: model(jnp.ones(3)).sum())(model)
