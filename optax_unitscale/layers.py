@@ -125,9 +125,9 @@ def layers_of(
     write: stacked layers; convolutions of one channel, which may be depthwise; other names. A
     kernel whose name stands for query, key and value in one (`qkv`, `c_attn`, `in_proj`,
     `query_key_value`, `kv`) does too: it may be one kernel, or three, or two, of one width, which
-    are its `blocks`. Names do not
-    show all: tell it of a convolution with groups of several channels, and of a Haiku LSTM with a
-    name of its own, ``{"encoder/linear/w": Kernel(0, 1, blocks=4)}``.
+    are its `blocks`. Names do not show all: tell it of a convolution with groups of several
+    channels, and of a Haiku LSTM with a name of its own:
+    ``{"encoder/linear/w": Kernel(0, 1, blocks=4)}``.
 
     Args:
       model_or_params: a Flax NNX module, an Equinox module, or a pytree of arrays or shapes.
