@@ -117,6 +117,7 @@ def _transferred(sweep: str, results: Any) -> dict[str, str]:
         for name, own in optimizers.items():
             rates = [best["learning_rate"] for best in own.values()]
             found[f"{sweep}/{family}/{name}"] = f"{max(rates) / min(rates):.1f}"
+            found[f"{sweep}/{family}/{name}/rates"] = f"{min(rates):.2g} to {max(rates):.2g}"
             for size, best in own.items():
                 found[f"{sweep}/{family}/{name}/{size}"] = f"{best['loss']:.3g}"
     return found

@@ -88,8 +88,8 @@ def keep_norm(
 
     Raises:
       TypeError: `axis` or `radius` has the wrong type.
-      ValueError: `params` are missing, or are not those that `init` saw; no rule says what a leaf
-        is; an argument is out of range.
+      ValueError: `params` are missing, or are not those that `init` saw; updates do not fit them;
+        no rule says what a leaf is; an argument is out of range.
 
     Numerics:
       Computed in float32, or float64 where a kernel has it, and rounded once to the dtype of the
@@ -208,7 +208,7 @@ def _check_steps(names: list[str], steps: list[Any], leaves: list[jax.Array]) ->
     ]
     if odd:
         raise ValueError(
-            f"keep_norm: updates do not fit params, expected their shapes, and floating or complex "
+            "keep_norm: updates do not fit params, expected their shapes, and floating or complex "
             f"dtypes, got {some(odd)}. Pass the parameters that the updates are for."
         )
 
